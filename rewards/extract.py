@@ -1,0 +1,115 @@
+"""From the text of a rollout to its answer, or None. None never votes; an empty string is never an answer.
+
+Every pattern runs in linear time on bounded text, because the text is whatever a model chose to write.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+MAX_TEXT = 100_000
+"""Characters looked at, counted from the end: answers stand last."""
+MAX_ANSWER = 1_000
+"""A longer answer is no answer."""
+
+_NUMBER = re.compile(r"(?<![\w.])-?(?:\d{1,3}(?:,\d{3})+|\d+)?\.?\d+(?:/\d+)?(?![\w])")
+_STATED = re.compile(r"(?:final answer|answer)\s*(?:is|:|=)\s*:?\s*", re.IGNORECASE)
+
+
+def extract(text: str, kind: str, **options: Any) -> str | None:
+    """The answer in `text`, stripped, or None.
+
+    Kinds: `math` (last balanced `\\boxed{}`, else what follows the last "answer is"), `number` (the last number),
+    `choice` (a letter; option `letters`, default "ABCD"), `label` (a word of a closed set; options `labels` and
+    `which` = "first" | "last"). Raises ValueError for an unknown kind or option.
+    """
+    if kind not in _KINDS:
+        raise ValueError(f"unknown extractor {kind!r}; known: {', '.join(sorted(_KINDS))}")
+    answer = _KINDS[kind](text[-MAX_TEXT:], **options)
+    answer = answer.strip() if answer is not None else None
+    return answer if answer and len(answer) <= MAX_ANSWER else None
+
+
+def boxed(text: str) -> str | None:
+    """The content of the last balanced `\\boxed{...}` or `\\fbox{...}`; one that never closes does not count."""
+    for match in reversed(list(re.finditer(r"\\f?box(?:ed)?\s*\{", text))):
+        content = _balanced(text, match.end())
+        if content is not None:
+            return content
+    return None
+
+
+def _balanced(text: str, start: int) -> str | None:
+    depth = 1
+    for position in range(start, min(len(text), start + MAX_ANSWER + 1)):
+        if text[position] == "{" and text[position - 1] != "\\":
+            depth += 1
+        elif text[position] == "}" and text[position - 1] != "\\":
+            depth -= 1
+            if depth == 0:
+                return text[start:position]
+    return None
+
+
+def _stated(text: str) -> str | None:
+    """The rest of the sentence after the last "answer is"."""
+    matches = list(_STATED.finditer(text))
+    if not matches:
+        return None
+    last = matches[-1]
+    rest = text[last.end() : last.end() + MAX_ANSWER].split("\n")[0]
+    inline = re.match(r"\s*\$([^$]+)\$|\s*\\\(([^$]+?)\\\)", rest)
+    if inline:
+        return inline.group(1) or inline.group(2)
+    return re.split(r"\.(?:\s|$)|;|,\s| because | since ", rest)[0].strip(" *:`")
+
+
+def _math(text: str) -> str | None:
+    found = boxed(text)
+    if found is not None:
+        return found
+    stated = _stated(text)
+    # A sentence after "the answer is" is an explanation, not an answer: "the answer is 12 apples because" means 12.
+    if stated and " " in stated and not re.search(r"[\\^_=+*/(){}\[\]]", stated):
+        return _number(stated)
+    return stated
+
+
+def _number(text: str) -> str | None:
+    inside = boxed(text)
+    found = _NUMBER.findall(inside if inside is not None else text)
+    return str(found[-1]) if found else None
+
+
+def _choice(text: str, letters: str = "ABCD") -> str | None:
+    """A letter said to be the answer, else the last one standing alone; never the article "a" or a capitalised "A cat"."""
+    if not letters.isalpha() or letters != letters.upper():
+        raise ValueError(f"letters must be capital letters such as 'ABCD', got {letters!r}")
+    one = f"[{letters}]"
+    inside = boxed(text)
+    if inside is not None:
+        match = re.fullmatch(rf"\s*(?:\\text\{{)?\(?({one})\)?[.:)]?\s*\}}?.{{0,200}}", inside, re.DOTALL)
+        return match.group(1) if match and not re.match(rf"\s*{one}\w", inside) else None
+    stated = re.findall(
+        rf"(?:answer|choice|option)\s*(?:is|:|=)?\s*:?\s*\**\(?({one})\)?(?![\w'])(?!\s+[a-z])", text, re.IGNORECASE
+    )
+    stated = [letter for letter in stated if letter in letters]
+    if stated:
+        return str(stated[-1])
+    alone = re.findall(rf"\(({one})\)|(?<![\w'])({one})(?=[.):]|\s*$|\s*\n)", text)
+    return next((first or second for first, second in reversed(alone)), None)
+
+
+def _label(text: str, labels: Sequence[str] = (), which: str = "first") -> str | None:
+    """A whole word (or phrase) of the closed set, as the set spells it; case does not matter."""
+    if not labels or which not in ("first", "last"):
+        raise ValueError("the label extractor needs labels: [...] and which: first | last")
+    spelled = {label.casefold(): label for label in labels}
+    words = "|".join(re.escape(label) for label in sorted(spelled, key=len, reverse=True))
+    found = re.findall(rf"(?<!\w)(?:{words})(?!\w)", text.casefold())
+    return spelled[found[0 if which == "first" else -1]] if found else None
+
+
+_KINDS: dict[str, Callable[..., str | None]] = {"math": _math, "number": _number, "choice": _choice, "label": _label}

@@ -1,0 +1,142 @@
+"""Sampling with transformers: the prompt of a group is computed once, and finished rows leave the batch.
+
+Every group is a batch of its own. So the numbers a rollout is drawn from depend on nothing but its group: not on which other
+prompts are in the step, not on which worker took it, not on the order. Throughput comes from the votes of the group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ttrl.config.schema import ModelSection
+from ttrl.errors import EngineError
+from ttrl.model.load import eos_ids, load_model, load_tokenizer
+from ttrl.model.prefix import ExpandedPrefix, SharedPrefix, enable_shared_prefix
+from ttrl.model.sampling import draw
+from ttrl.model.weights import Fingerprint, load_into
+from ttrl.protocols import StopCheck, WeightSource
+from ttrl.seeds import uniforms
+from ttrl.types import Finish, Health, Request, Rollout, WeightStamp
+
+
+class HFEngine:
+    """Owns a copy of the model. Not thread-safe; one engine per process or device."""
+
+    def __init__(self, model: ModelSection, check_stop: StopCheck, *, rows_at_once: int, shared_prefix: bool) -> None:
+        self.tokenizer = load_tokenizer(model.path)
+        self._model = load_model(model)
+        self._eos = torch.tensor(eos_ids(self._model, self.tokenizer), device=self._model.device)
+        self._shared = shared_prefix and enable_shared_prefix(self._model)
+        self._rows_at_once = rows_at_once
+        self._check_stop = check_stop
+        self._device = self._model.device
+        self._fingerprint = Fingerprint()
+        for name, parameter in self._parameters().items():
+            self._fingerprint.update(name, parameter)
+        self._stamp = WeightStamp(version=0, fingerprint=self._fingerprint.value())
+
+    @torch.inference_mode()
+    def generate(self, requests: Sequence[Request]) -> list[Rollout]:
+        """One rollout per request, in order. Neighbours with one context and spec form a batch."""
+        rollouts: list[Rollout] = []
+        for _, batch in groupby(requests, key=lambda r: (r.prompt.id, r.prefix.tobytes(), r.spec)):
+            group = list(batch)
+            for start in range(0, len(group), self._rows_at_once):
+                self._check_stop()
+                rollouts += self._batch(group[start : start + self._rows_at_once])
+        return rollouts
+
+    def _batch(self, requests: Sequence[Request]) -> list[Rollout]:
+        """Decode one context for R requests; arrays [R, max_new_tokens] are filled column by column."""
+        first, spec = requests[0], requests[0].spec
+        context = np.concatenate([first.prompt.token_ids, first.prefix])
+        limit = self._limit(len(context), spec.max_new_tokens)
+        noise = np.stack([uniforms(r.seed, len(r.prefix) + limit)[len(r.prefix) :] for r in requests])
+        uniform = torch.from_numpy(noise).to(self._device)
+        prefix = SharedPrefix(self._model) if self._shared else ExpandedPrefix(self._model)
+        logits = prefix.prefill(
+            torch.as_tensor(context, dtype=torch.long, device=self._device), logits_to_keep=1
+        ).logits[:, -1]
+        logits = logits.expand(len(requests), -1)
+
+        tokens = torch.zeros((len(requests), limit), dtype=torch.long, device=self._device)
+        logprobs = torch.zeros((len(requests), limit), device=self._device)
+        entropy = torch.zeros((len(requests), limit), device=self._device) if spec.entropy else None
+        lengths = torch.full((len(requests),), limit, device=self._device)
+        active = torch.arange(len(requests), device=self._device)
+        for t in range(limit):
+            drawn = draw(logits, uniform[active, t], spec)
+            tokens[active, t], logprobs[active, t] = drawn.tokens, drawn.logprobs
+            if entropy is not None and drawn.entropy is not None:
+                entropy[active, t] = drawn.entropy
+            going = torch.isin(drawn.tokens, self._eos, invert=True)
+            lengths[active[~going]] = t + 1
+            if t + 1 == limit or not bool(going.any()):
+                break
+            if not bool(going.all()):
+                rows = going.nonzero()[:, 0]
+                active = active[rows]
+                if t > 0:
+                    prefix.keep(rows)
+            logits = prefix.step(tokens[active, t])
+        return self._rollouts(
+            requests, tokens.cpu(), logprobs.cpu(), None if entropy is None else entropy.cpu(), lengths.cpu()
+        )
+
+    def _rollouts(
+        self, requests: Sequence[Request], tokens: Tensor, logprobs: Tensor, entropy: Tensor | None, lengths: Tensor
+    ) -> list[Rollout]:
+        eos = set(self._eos.tolist())
+        rollouts = []
+        for row, request in enumerate(requests):
+            length = int(lengths[row])
+            ids = tokens[row, :length].numpy().astype(np.int32)
+            whole = np.concatenate([request.prefix, ids])
+            rollouts.append(
+                Rollout(
+                    prompt_id=request.prompt.id,
+                    index=request.index,
+                    token_ids=ids,
+                    logprobs=logprobs[row, :length].numpy().astype(np.float32),
+                    entropy=None if entropy is None else entropy[row, :length].numpy().astype(np.float32),
+                    text=self.tokenizer.decode(whole.tolist(), skip_special_tokens=True),
+                    finish=Finish.STOP if length and int(ids[-1]) in eos else Finish.LENGTH,
+                    weights=self._stamp,
+                )
+            )
+        return rollouts
+
+    def _limit(self, context: int, wanted: int) -> int:
+        """New tokens that fit the model's positions. Raises EngineError when the context alone does not."""
+        positions = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        if positions is None:
+            return wanted
+        if context >= positions:
+            raise EngineError(
+                f"a prompt of {context} tokens leaves no room in a model of {positions} positions; "
+                "shorten the prompts (data.max_prompt_tokens finds them) or take another model"
+            )
+        return int(min(wanted, positions - context))
+
+    def _parameters(self) -> dict[str, Tensor]:
+        return {name: parameter.data for name, parameter in self._model.named_parameters()}
+
+    def load_weights(self, version: int, source: WeightSource) -> str:
+        """Copy the tensors in place. Raises EngineError for unknown names or shapes."""
+        load_into(self._parameters(), iter(source), self._fingerprint)
+        self._stamp = WeightStamp(version=version, fingerprint=self._fingerprint.value())
+        return self._stamp.fingerprint
+
+    def release(self) -> None:
+        """Nothing to free between phases: the cache of a batch dies with the batch."""
+
+    def restore(self) -> None:
+        """Nothing was released."""
+
+    def ping(self) -> Health:
+        return Health(ok=True, weights=self._stamp)

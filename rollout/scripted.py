@@ -1,0 +1,84 @@
+"""An engine without a model: completions come from a given table, at random but by seed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ttrl.errors import EngineError
+from ttrl.protocols import WeightSource
+from ttrl.seeds import uniforms
+from ttrl.types import Finish, Health, Request, Rollout, WeightStamp
+
+if TYPE_CHECKING:
+    from ttrl.model.load import Tokenizer
+
+
+class Script:
+    """Prompt text -> completions and their probabilities. Raises ValueError for probabilities that do not sum to 1."""
+
+    def __init__(self, answers: Mapping[str, Mapping[str, float]]) -> None:
+        for prompt, table in answers.items():
+            if not table or min(table.values()) < 0 or abs(sum(table.values()) - 1) > 1e-6:
+                raise ValueError(
+                    f"scripted answers for {prompt!r} need probabilities >= 0 that sum to 1, got {dict(table)}"
+                )
+        self._answers = answers
+
+    def completion(self, prompt: str, uniform: float) -> tuple[str, float]:
+        """The completion at this point of the distribution, and its probability."""
+        if prompt not in self._answers:
+            raise EngineError(f"the script has no answers for the prompt {prompt!r}")
+        total = 0.0
+        for text, probability in self._answers[prompt].items():
+            total += probability
+            if uniform < total and probability > 0:
+                return text, probability
+        return next((text, p) for text, p in reversed(list(self._answers[prompt].items())) if p > 0)
+
+
+class ScriptedEngine:
+    """Same seeds, same completions, as with a real engine. The log-prob of the whole text stands on its first token."""
+
+    def __init__(self, script: Script, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self._script = script
+        self._stamp = WeightStamp(version=0, fingerprint="scripted")
+
+    def generate(self, requests: Sequence[Request]) -> list[Rollout]:
+        return [self._rollout(request) for request in requests]
+
+    def _rollout(self, request: Request) -> Rollout:
+        text, probability = self._script.completion(request.prompt.text, float(uniforms(request.seed, 1)[0]))
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        complete = len(ids) < request.spec.max_new_tokens
+        assert self.tokenizer.eos_token_id is not None
+        ids = [*ids, self.tokenizer.eos_token_id] if complete else ids[: request.spec.max_new_tokens]
+        logprobs = np.zeros(len(ids), np.float32)
+        logprobs[0] = np.log(probability)
+        return Rollout(
+            prompt_id=request.prompt.id,
+            index=request.index,
+            token_ids=np.asarray(ids, np.int32),
+            logprobs=logprobs,
+            entropy=np.zeros(len(ids), np.float32) if request.spec.entropy else None,
+            text=text if complete else self.tokenizer.decode(ids, skip_special_tokens=True),
+            finish=Finish.STOP if complete else Finish.LENGTH,
+            weights=self._stamp,
+        )
+
+    def load_weights(self, version: int, source: WeightSource) -> str:
+        """A script does not learn; only the version moves."""
+        self._stamp = WeightStamp(version=version, fingerprint="scripted")
+        return self._stamp.fingerprint
+
+    def release(self) -> None:
+        """Nothing to free."""
+
+    def restore(self) -> None:
+        """Nothing was released."""
+
+    def ping(self) -> Health:
+        return Health(ok=True, weights=self._stamp)

@@ -1,0 +1,102 @@
+"""Log-probs and entropies of the completion tokens of a PackedBatch, with gradient.
+
+Fast path: the prompt of a segment runs once and its completions attend to it (`SharedPrefix`). Slow twin: every row runs
+prompt + completion. Either way only completion tokens reach the vocabulary, in chunks that are recomputed in the backward
+pass, so the full [N, V] logits never exist at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from ttrl.model.prefix import SharedPrefix, enable_shared_prefix
+from ttrl.model.sampling import scaled
+from ttrl.types import PackedBatch, Segment
+
+LOGITS_AT_ONCE = 2**24
+"""Logits computed per chunk (64 MiB in float32); a batch below that is one chunk and nothing is recomputed."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenScores:
+    """[N] each, aligned with the flat arrays of the batch."""
+
+    logprobs: Tensor
+    entropy: Tensor
+
+
+class CompletionScorer:
+    """Scores batches under one model at one temperature."""
+
+    def __init__(self, model: PreTrainedModel, temperature: float, *, shared_prefix: bool = True) -> None:
+        self._model = model
+        self._temperature = temperature
+        self._shared = shared_prefix and enable_shared_prefix(model)
+        self._body, self._head = split_head(model)
+        self._vocabulary = int(model.config.get_text_config().vocab_size)
+
+    def __call__(self, batch: PackedBatch) -> TokenScores:
+        device = self._model.device
+        ids = torch.as_tensor(batch.completion_ids, dtype=torch.long, device=device)
+        states, start = [], 0
+        for segment in batch.segments:
+            count = int(segment.lengths.sum())
+            states.append(self._segment(segment, ids[start : start + count]))
+            start += count
+        return self._score(torch.cat(states), ids)
+
+    def _segment(self, segment: Segment, ids: Tensor) -> Tensor:
+        """States [n, D] that predict the n completion tokens of one segment."""
+        prompt = torch.as_tensor(segment.prompt_ids, dtype=torch.long, device=ids.device)
+        rows, longest = len(segment.lengths), int(segment.lengths.max())
+        lengths = torch.as_tensor(segment.lengths, dtype=torch.long, device=ids.device)
+        inside = torch.arange(longest, device=ids.device)[None] < lengths[:, None]
+        padded = torch.zeros((rows, longest), dtype=torch.long, device=ids.device)
+        padded[inside] = ids
+        # The state before a token predicts it: the prompt's last state predicts token 0, and the last token predicts nothing here
+        if self._shared:
+            shared = SharedPrefix(self._body)
+            first = shared.prefill(prompt)[0][:, -1:].expand(rows, -1, -1)
+            states = torch.cat([first, shared.suffix(padded[:, :-1])[0]], dim=1) if longest > 1 else first
+        else:
+            whole = torch.cat([prompt.expand(rows, -1), padded[:, :-1]], dim=1)
+            states = self._body(input_ids=whole, use_cache=False)[0][:, len(prompt) - 1 :]
+        return states[inside]
+
+    def _score(self, states: Tensor, ids: Tensor) -> TokenScores:
+        size = max(1, LOGITS_AT_ONCE // self._vocabulary)
+        if len(ids) <= size:
+            return TokenScores(*self._chunk(states, ids))
+        parts = [
+            checkpoint(self._chunk, states[i : i + size], ids[i : i + size], use_reentrant=False)
+            for i in range(0, len(ids), size)
+        ]
+        return TokenScores(torch.cat([logprobs for logprobs, _ in parts]), torch.cat([entropy for _, entropy in parts]))
+
+    def _chunk(self, states: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        logprobs = torch.log_softmax(scaled(self._head(states), self._temperature), dim=-1)
+        entropy = -(logprobs.exp() * logprobs.clamp_min(-1e4)).sum(dim=-1)
+        return logprobs.gather(1, ids[:, None])[:, 0], entropy
+
+
+def split_head(model: PreTrainedModel) -> tuple[PreTrainedModel, Callable[[Tensor], Tensor]]:
+    """(body, head) such that head(body(x)) are the logits; (model, identity) for models that do more than a projection.
+
+    Some models scale or cap their logits. That is tried on two tokens, not looked up by name.
+    """
+    body, head = model.get_decoder(), model.get_output_embeddings()
+    if body is None or body is model or head is None:
+        return model, lambda states: states
+    ids = torch.arange(2, device=model.device)[None]
+    with torch.no_grad():
+        logits = model(input_ids=ids, use_cache=False).logits
+        split = head(body(input_ids=ids, use_cache=False)[0])
+    if logits.shape != split.shape or not torch.allclose(logits, split, rtol=1e-4, atol=1e-5):
+        return model, lambda states: states
+    return body, head

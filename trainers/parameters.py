@@ -1,0 +1,89 @@
+"""What is trained: all parameters, or low-rank adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ttrl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+
+class Parameters(Protocol):
+    """Chooses the trained tensors of a model and translates them back to the model's own names."""
+
+    def attach(self, model: PreTrainedModel, seed: int) -> dict[str, Tensor]:
+        """Prepare the model in place; returns the trained parameters by name."""
+        ...
+
+    def moved(self, model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+        """Full tensors that training may have changed, under the names of the untouched model, one at a time."""
+        ...
+
+    def start(self) -> AbstractContextManager[None] | None:
+        """A context in which the model is the start model, or None when a frozen copy is needed."""
+        ...
+
+
+class Full:
+    """Every parameter. The KL anchor then needs a second, frozen copy of the model."""
+
+    def attach(self, model: PreTrainedModel, seed: int) -> dict[str, Tensor]:
+        model.requires_grad_(True)
+        return dict(model.named_parameters())
+
+    def moved(self, model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in model.named_parameters():
+            yield name, parameter.detach()
+
+    def start(self) -> AbstractContextManager[None] | None:
+        return None
+
+
+class LoRA:
+    """Low-rank adapters through peft (arXiv 2106.09685). The start model is the same model with the adapters switched off."""
+
+    def __init__(self, *, rank: int = 16, alpha: float = 32.0, targets: list[str] | str = "all-linear") -> None:
+        if rank < 1 or alpha <= 0:
+            raise ValueError(f"lora needs rank >= 1 and alpha > 0, got rank={rank}, alpha={alpha}")
+        self._rank, self._alpha, self._targets = rank, alpha, targets
+        self._peft: Any = None
+
+    def attach(self, model: PreTrainedModel, seed: int) -> dict[str, Tensor]:
+        import torch
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(
+            r=self._rank,
+            lora_alpha=self._alpha,
+            target_modules=self._targets,
+            lora_dropout=0.0,
+            bias="none",
+            task_type="CAUSAL_LM",
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed % 2**63)  # the adapters start from random numbers; the seed is the run's
+            try:
+                self._peft = get_peft_model(model, config)
+            except ValueError as error:
+                raise ConfigError(
+                    f"trainer.parameters lora: targets {self._targets!r} do not fit this model: {error}"
+                ) from error
+        return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    def moved(self, model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+        import torch
+        from peft.tuners.lora import LoraLayer
+
+        for name, module in model.named_modules():
+            if isinstance(module, LoraLayer):
+                with torch.no_grad():
+                    yield f"{name}.weight", module.base_layer.weight + module.get_delta_weight("default")
+
+    def start(self) -> AbstractContextManager[None] | None:
+        assert self._peft is not None
+        return self._peft.disable_adapter()  # type: ignore[no-any-return]

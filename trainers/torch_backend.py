@@ -1,0 +1,170 @@
+"""The single-process trainer: AdamW on one device, gradients accumulated over micro-batches."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ttrl.metrics import MetricSet, require_finite
+from ttrl.model.load import DTYPES, load_model, load_tokenizer
+from ttrl.model.weights import Fingerprint, NamedTensors, load_into
+from ttrl.protocols import ForwardOut, TensorBatch, WeightSource
+from ttrl.seeds import derive
+from ttrl.trainers.backends import TrainerSetup
+from ttrl.trainers.forward import CompletionScorer
+from ttrl.trainers.schedule import lr_scale
+from ttrl.types import PackedBatch, StepStats
+
+
+class TorchTrainer:
+    """Owns the trained weights in float32; half precision is autocast, so small steps are not lost to rounding."""
+
+    def __init__(self, setup: TrainerSetup) -> None:
+        self.version = 0
+        self._setup, self._settings = setup, setup.trainer
+        self._master = setup.model.model_copy(update={"dtype": "float32"})
+        self._model = load_model(self._master)
+        self._dtype = DTYPES[setup.model.dtype]
+        shared = not self._settings.gradient_checkpointing
+        if self._settings.gradient_checkpointing:
+            self._model.gradient_checkpointing_enable()
+            self._model.train()
+            for module in self._model.modules():
+                if isinstance(module, torch.nn.Dropout):
+                    module.p = 0.0
+        self._scorer = CompletionScorer(self._model, setup.temperature, shared_prefix=shared)
+        self._trained = setup.parameters.attach(self._model, derive(setup.seed, "adapters"))
+        self._losses = (setup.objective, *setup.stabilizers)
+        self._needs = frozenset().union(*(part.needs for part in self._losses))
+        self._reference = self._reference_scorer()
+        self._optimizer = torch.optim.AdamW(
+            list(self._trained.values()),
+            lr=self._settings.lr,
+            betas=self._settings.betas,
+            weight_decay=self._settings.weight_decay,
+        )
+
+    def step(self, step: int, updates: Sequence[Sequence[PackedBatch]]) -> StepStats:
+        """One optimizer update per inner sequence of micro-batches.
+
+        Raises FloatingPointError for a loss or gradient that is not finite, before the weights are touched.
+        """
+        metrics, tokens, norm, scale = MetricSet(), 0, 0.0, 0.0
+        for number, batches in enumerate(updates):
+            self._optimizer.zero_grad(set_to_none=True)
+            loss = 0.0
+            for batch in batches:
+                if number == 0:  # later the weights have moved, and a step is all or nothing
+                    self._setup.check_stop()
+                loss += self._accumulate(batch, metrics, first=number == 0)
+                tokens += sum(len(s.prompt_ids) + int(s.lengths.sum()) for s in batch.segments)
+            current = float(torch.nn.utils.clip_grad_norm_(self._trained.values(), self._settings.grad_clip))
+            require_finite({"train/loss": loss, "train/grad_norm": current}, f"step {step}, update {number}")
+            scale = lr_scale(
+                step * self._settings.updates_per_step + number,
+                self._setup.steps * self._settings.updates_per_step,
+                schedule=self._settings.schedule, warmup=self._settings.warmup, min_ratio=self._settings.min_lr_ratio,
+            )  # fmt: skip
+            for group in self._optimizer.param_groups:
+                group["lr"] = self._settings.lr * scale
+            self._optimizer.step()
+            norm = max(norm, current)
+            metrics.mean("train/loss", loss)
+        self._optimizer.zero_grad(set_to_none=True)
+        self.version = step + 1
+        return StepStats(
+            metrics=metrics.values(), tokens=tokens, grad_norm=norm, lr=self._settings.lr * scale, updates=len(updates)
+        )
+
+    def _accumulate(self, batch: PackedBatch, metrics: MetricSet, *, first: bool) -> float:
+        """Forward and backward of one micro-batch; returns its share of the loss."""
+        device = self._model.device
+        tensors = TensorBatch(
+            sampler_logprobs=torch.as_tensor(batch.sampler_logprobs, device=device),
+            advantages=torch.as_tensor(batch.advantages, device=device),
+            weights=torch.as_tensor(batch.weights, device=device),
+            tokens_in_step=batch.tokens_in_step,
+        )
+        with self._autocast():
+            scores = self._scorer(batch)
+        out = ForwardOut(logprobs=scores.logprobs, entropy=scores.entropy, ref_logprobs=self._reference_logprobs(batch))
+        total: Tensor = torch.zeros((), device=device)
+        for part in self._losses:
+            result = part.loss(out, tensors)
+            total = total + result.loss
+            metrics.merge(result.metrics)
+        total.backward()  # type: ignore[no-untyped-call]
+        weight = float(tensors.weights.sum())
+        metrics.mean(
+            "train/entropy", float((out.entropy.detach() * tensors.weights).sum()) / weight if weight else 0.0, weight
+        )
+        if first:  # before the first update the policy is the sampler; what remains is how differently the two compute
+            off = (out.logprobs.detach() - tensors.sampler_logprobs).abs()
+            metrics.mean("train/sampler_mismatch", float(off.mean()), len(batch.completion_ids))
+            metrics.max("train/sampler_mismatch_max", float(off.max()))
+        return float(total.detach())
+
+    def _reference_scorer(self) -> CompletionScorer | None:
+        """A scorer under the start model, if a loss asks for one; adapters are switched off instead of copying the model."""
+        if "ref_logprobs" not in self._needs:
+            return None
+        if self._setup.parameters.start() is not None:
+            return self._scorer
+        frozen = load_model(self._master)
+        frozen.requires_grad_(False)
+        return CompletionScorer(frozen, self._setup.temperature)
+
+    @torch.no_grad()
+    def _reference_logprobs(self, batch: PackedBatch) -> Tensor | None:
+        if self._reference is None:
+            return None
+        with self._setup.parameters.start() or nullcontext(), self._autocast():
+            return self._reference(batch).logprobs
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        half = self._dtype != torch.float32
+        return torch.autocast(self._model.device.type, dtype=self._dtype, enabled=half)
+
+    def weights(self) -> WeightSource:
+        """Full tensors under the model's own names, one at a time; adapters arrive merged."""
+        return NamedTensors(self.version, self._moved)
+
+    def _moved(self) -> Iterator[tuple[str, Tensor]]:
+        return self._setup.parameters.moved(self._model)
+
+    def save(self, path: Path) -> None:
+        """trained.safetensors, optimizer.safetensors, trainer.json."""
+        save_file({name: p.detach().contiguous() for name, p in self._trained.items()}, path / "trained.safetensors")
+        moments = {
+            f"{name}|{key}": value.detach().clone().reshape(value.shape or (1,))
+            for name, parameter in self._trained.items()
+            for key, value in self._optimizer.state.get(parameter, {}).items()
+        }
+        save_file(moments, path / "optimizer.safetensors")
+        (path / "trainer.json").write_text(json.dumps({"version": self.version}) + "\n")
+
+    @torch.no_grad()
+    def load(self, path: Path) -> None:
+        """Continue exactly where `save` was called. Raises ValueError when the file is for other parameters."""
+        trained = load_file(path / "trained.safetensors")
+        if trained.keys() != self._trained.keys():
+            raise ValueError(f"{path}: holds other parameters than this recipe trains")
+        load_into(self._trained, iter(trained.items()), Fingerprint())
+        for joined, value in load_file(path / "optimizer.safetensors").items():
+            name, _, key = joined.rpartition("|")
+            state = self._optimizer.state[self._trained[name]]
+            state[key] = value.reshape(()) if key == "step" else value.to(self._model.device)
+        self.version = int(json.loads((path / "trainer.json").read_text())["version"])
+
+    def export(self, path: Path) -> None:
+        """The adapted model and its tokenizer as a plain transformers folder, in the recipe's dtype."""
+        plain = load_model(self._master.model_copy(update={"device": "cpu"}))
+        load_into({name: p.data for name, p in plain.named_parameters()}, self._moved(), Fingerprint())
+        plain.to(self._dtype).save_pretrained(path)
+        load_tokenizer(self._setup.model.path).save_pretrained(path)  # type: ignore[attr-defined]

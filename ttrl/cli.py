@@ -1,0 +1,194 @@
+"""The command line. Exit status: 0 done, 1 failed, 2 the recipe or the call is wrong, 3 stopped by a guard, 130 stopped by Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from ttrl.errors import ConfigError, TtrlError
+
+EXIT_FAILED, EXIT_USAGE, EXIT_GUARD, EXIT_INTERRUPTED = 1, 2, 3, 130
+
+app = typer.Typer(
+    help="Test-time reinforcement learning: improve a language model on unlabelled prompts with rewards it makes itself.",
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+)  # fmt: skip
+recipes_app = typer.Typer(
+    help="Recipes that come with ttrl, and the schema of all.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(recipes_app, name="recipes")
+
+RecipeArgument = Annotated[str, typer.Argument(help="recipe file, or the name of a shipped recipe")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="changes to the recipe: key.path=value ...")]
+
+
+@app.command()
+def train(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    output: Annotated[Path | None, typer.Option(help="run folder, instead of the recipe's")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="continue the run in the output folder")] = False,
+) -> None:
+    """Adapt a model to unlabelled prompts and write a report."""
+    from ttrl.config import load_recipe
+
+    changes = list(overrides or []) + ([f"output={json.dumps(str(output))}"] if output else [])
+    loaded = load_recipe(recipe, changes)
+    from ttrl.run import STOPPED, run
+
+    console = Console(stderr=False, soft_wrap=True)
+    outcome = run(loaded, resume=resume, console=console)
+    folder = Path(loaded.output)
+    console.print(f"{outcome.status}{': ' + outcome.reason if outcome.reason else ''}", highlight=False, markup=False)
+    console.print(f"report: {folder / 'report.html'}", highlight=False)
+    if outcome.status == STOPPED:
+        raise typer.Exit(EXIT_GUARD if outcome.guard else EXIT_INTERRUPTED)
+
+
+@app.command("eval")
+def evaluate_command(
+    model: Annotated[str, typer.Argument(help="model folder, hub name or bundled:NAME")],
+    prompts: Annotated[str, typer.Option(help="file with prompts")],
+    labels: Annotated[
+        str | None, typer.Option(help="file with {id, answer}; without it only label-free numbers")
+    ] = None,
+    template: Annotated[str, typer.Option(help="chat, boxed, choice, raw or a .txt file")] = "chat",
+    extractor: Annotated[str, typer.Option(help="math, number, choice or label")] = "math",
+    label_set: Annotated[
+        str | None, typer.Option("--label-set", help="comma-separated labels for the extractor 'label'")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1)] = 16,
+    temperature: Annotated[float, typer.Option(min=0.0)] = 1.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    k: Annotated[str, typer.Option(help="comma-separated values for pass@k and maj@k")] = "1,8,16",
+    limit: Annotated[int | None, typer.Option(min=1, help="only the first N prompts")] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    output: Annotated[Path | None, typer.Option(help="also write the result as JSON")] = None,
+) -> None:
+    """Measure pass@1, pass@k and maj@k of any model on any prompts file, with intervals."""
+    from ttrl.evaluate.command import EvalCall, evaluate_model
+
+    options = {"labels": label_set.split(",")} if label_set else {}
+    call = EvalCall(
+        model=model, prompts=prompts, labels=labels, template=template, extractor=extractor, extractor_options=options,
+        samples=samples, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, k=_numbers(k), limit=limit, seed=seed,
+    )  # fmt: skip
+    evaluation = evaluate_model(call)
+    from ttrl.sinks import show
+
+    console = Console(soft_wrap=True)
+    for name, estimate in evaluation.estimates.items():
+        console.print(f"{name:>16}  {show(estimate)}", highlight=False, markup=False)
+    if output is not None:
+        output.write_text(json.dumps(evaluation.record(), indent=2) + "\n", encoding="utf-8")
+
+
+@app.command()
+def check(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+    """Find every mistake in a recipe, its plug-ins and its data without loading a model."""
+    from ttrl.config import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    from ttrl.setup import check_recipe
+
+    checked = check_recipe(loaded)
+    typer.echo(
+        f"{loaded.name}: ok, {len(checked.records)} prompts, {len(checked.heldout)} held-out prompts, {loaded.steps} steps"
+    )
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="run folder")]) -> None:
+    """Write report.html of a run again from its files."""
+    from ttrl.report import write_report
+    from ttrl.rundir import RunDir
+
+    typer.echo(write_report(RunDir.existing(run)))
+
+
+@app.command()
+def plugins() -> None:
+    """List every plug-in by slot, with where it lives."""
+    from ttrl.registry import BUILT_IN, names
+
+    for slot in BUILT_IN:
+        typer.echo(f"{slot}")
+        for name, target in sorted(names(slot).items()):
+            typer.echo(f"  {name:<16} {target}")
+
+
+@app.command()
+def doctor() -> None:
+    """Versions, devices and what is missing, ready to paste into a bug report."""
+    from ttrl.doctor import examine
+
+    facts, problems = examine()
+    for name, value in facts:
+        typer.echo(f"{name:<16} {value}")
+    for problem in problems:
+        typer.echo(f"problem: {problem}")
+    if problems:
+        raise typer.Exit(EXIT_FAILED)
+
+
+@recipes_app.command("list")
+def recipes_list() -> None:
+    """Names and descriptions of the shipped recipes."""
+    from ttrl.config import load_recipe
+    from ttrl.config.load import shipped_recipes
+
+    for name in shipped_recipes():
+        typer.echo(f"{name:<36} {load_recipe(name).description}")
+
+
+@recipes_app.command("show")
+def recipes_show(name: RecipeArgument, overrides: Overrides = None) -> None:
+    """A recipe with everything it extends and every default written out."""
+    from ttrl.config import load_recipe, recipe_to_yaml
+
+    typer.echo(recipe_to_yaml(load_recipe(name, overrides or [])), nl=False)
+
+
+@recipes_app.command("schema")
+def recipes_schema() -> None:
+    """The JSON schema of recipes, for editors."""
+    from ttrl.config import Recipe
+
+    typer.echo(json.dumps(Recipe.model_json_schema(by_alias=True), indent=2))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"--k: {text!r} is not a comma-separated list of whole numbers") from None
+
+
+def main() -> None:
+    """Entry point. Mistakes of the user end in one message and exit status 2; everything else keeps its traceback."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    try:
+        app()
+    except ConfigError as error:
+        sys.exit(_complain(error, EXIT_USAGE))
+    except TtrlError as error:
+        sys.exit(_complain(error, EXIT_FAILED))
+
+
+def _complain(error: Exception, status: int) -> int:
+    typer.echo(f"ttrl: {error}", err=True)
+    for note in getattr(error, "__notes__", ()):
+        typer.echo(f"  {note}", err=True)
+    return status
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""The recipe vocabulary as pydantic models. `ttrl recipes schema` exports it as JSON schema for editors.
+
+Three batch sizes and no more: `data.prompts_per_step`, `rollout.votes_per_prompt` / `train_per_prompt` and
+`trainer.tokens_per_microbatch`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    """Unknown keys are errors and values do not change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False)
+
+
+class Plug(Section):
+    """A plug-in and its options: `{use: name, with: {...}}`, or just `name`."""
+
+    use: str = Field(min_length=1, description="registry name, entry point, package.module:Name or ./file.py:Name")
+    options: dict[str, Any] = Field(default_factory=dict, alias="with", description="keyword arguments of the plug-in")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, value: Any) -> Any:
+        return {"use": value} if isinstance(value, str) else value
+
+
+def _plug(name: str) -> Any:
+    return Field(default_factory=lambda: Plug(use=name))
+
+
+class ModelSection(Section):
+    """The model to adapt."""
+
+    path: str = Field(min_length=1, description="folder, hub name (org/name) or bundled:NAME")
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: Annotated[
+        str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto takes a GPU when there is one")
+    ] = "auto"
+
+
+class DataSection(Section):
+    """The unlabelled prompts."""
+
+    prompts: str = Field(
+        min_length=1, description="file (.jsonl .json .csv .parquet), hub:NAME[#SPLIT] or bundled:NAME"
+    )
+    template: str = Field("chat", description="chat, boxed, choice, raw, or a text file with {prompt} in it")
+    prompt_field: str = "prompt"
+    id_field: str = "id"
+    limit: Positive | None = Field(None, description="use only the first N prompts")
+    prompts_per_step: Positive = 8
+    source: Plug = _plug("epoch")
+    max_prompt_tokens: Positive | None = Field(None, description="longer prompts are an error, never cut silently")
+
+
+class RolloutSection(Section):
+    """How votes are drawn."""
+
+    engine: Plug = _plug("hf")
+    sampler: Plug = _plug("flat")
+    votes_per_prompt: Annotated[int, Field(ge=2)] = Field(16, description="rollouts that vote on the pseudo-label")
+    train_per_prompt: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="rollouts of the group that are trained on, drawn by seed; default: all"
+    )
+    max_new_tokens: Positive = 256
+    temperature: Annotated[float, Field(gt=0.0, le=10.0)] = 1.0
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    top_k: NonNegative = 0
+    min_p: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    allow_truncated_sampling: bool = Field(
+        False, description="accept top_p, top_k or min_p in training although they bias the ratio"
+    )
+
+    @property
+    def trained(self) -> int:
+        """Rollouts per prompt that are trained on."""
+        return self.train_per_prompt or self.votes_per_prompt
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RolloutSection:
+        if self.train_per_prompt and self.train_per_prompt > self.votes_per_prompt:
+            raise ValueError(
+                f"train_per_prompt ({self.train_per_prompt}) is larger than votes_per_prompt ({self.votes_per_prompt}); "
+                "only rollouts that voted can be trained on"
+            )
+        truncated = self.top_p < 1 or self.top_k > 0 or self.min_p > 0
+        if truncated and not self.allow_truncated_sampling:
+            raise ValueError(
+                "top_p, top_k and min_p change the distribution that was sampled and bias the policy ratio; remove them, "
+                "or set rollout.allow_truncated_sampling: true"
+            )
+        return self
+
+
+class TrainerSection(Section):
+    """How the weights move."""
+
+    backend: Plug = _plug("torch")
+    parameters: Plug = _plug("full")
+    lr: Annotated[float, Field(gt=0.0)] = Field(1e-6, description="peak learning rate")
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: Fraction = Field(0.03, description="share of all updates with a rising learning rate")
+    min_lr_ratio: Fraction = Field(0.0, description="last learning rate divided by the peak")
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    grad_clip: Annotated[float, Field(gt=0.0)] = 1.0
+    tokens_per_microbatch: Positive = 8192
+    updates_per_step: Positive = Field(
+        1, description="optimizer updates made from the groups of one step, each on its own share"
+    )
+    gradient_checkpointing: bool = False
+
+
+class PromptSet(Section):
+    """Prompts that are only evaluated on, to see whether a gain carries over."""
+
+    prompts: str = Field(min_length=1)
+    labels: str | None = None
+
+
+class EvalSection(Section):
+    """Before and after (and, with `every`, in between). Only this part of a run may open labels."""
+
+    labels: str | None = Field(
+        None, description="file with {id, answer}; without it only label-free numbers are reported"
+    )
+    heldout: PromptSet | None = None
+    every: NonNegative = Field(0, description="steps between evaluations; 0: before and after only")
+    samples: Annotated[int, Field(ge=1)] = 16
+    temperature: Annotated[float, Field(ge=0.0, le=10.0)] = 1.0
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    max_new_tokens: Positive | None = Field(None, description="default: rollout.max_new_tokens")
+    k: tuple[Positive, ...] = (1, 8, 16)
+    limit: Positive | None = Field(None, description="evaluate only the first N prompts")
+
+    @field_validator("k")
+    @classmethod
+    def _some_k(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if not value:
+            raise ValueError("name at least one k, for example [1, 8, 16]")
+        return tuple(sorted(set(value)))
+
+    @model_validator(mode="after")
+    def _enough_samples(self) -> EvalSection:
+        if max(self.k) > self.samples:
+            raise ValueError(
+                f"pass@{max(self.k)} needs at least {max(self.k)} samples per prompt, eval.samples is {self.samples}"
+            )
+        return self
+
+
+class LogSection(Section):
+    """Where numbers go besides the console and metrics.jsonl."""
+
+    tensorboard: bool = False
+    wandb: str | None = Field(None, description="project name")
+    groups_per_step: NonNegative = Field(1, description="groups written to groups.jsonl per step, drawn by seed")
+
+
+class CheckpointSection(Section):
+    """A checkpoint is also written at the end and when the run is stopped."""
+
+    every: NonNegative = Field(20, description="steps between checkpoints; 0: only at the end")
+    keep: Positive = 2
+
+
+class Recipe(Section):
+    """One run, complete."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
+    description: str = ""
+    seed: NonNegative = 0
+    steps: Positive
+    model: ModelSection
+    data: DataSection
+    rollout: RolloutSection = RolloutSection()
+    reward: Plug = _plug("majority_vote")
+    gates: tuple[Plug, ...] = ()
+    objective: Plug = _plug("grpo")
+    stabilizers: tuple[Plug, ...] = ()
+    trainer: TrainerSection = TrainerSection()
+    eval: EvalSection = EvalSection()
+    log: LogSection = LogSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    max_empty_steps: Positive = Field(
+        5, description="end the run after this many steps in a row without anything to train on"
+    )
+    output: str = Field("", description="run folder; default runs/NAME")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_output(cls, value: Any) -> Any:
+        if isinstance(value, dict) and not value.get("output") and isinstance(value.get("name"), str):
+            return {**value, "output": f"runs/{value['name']}"}
+        return value

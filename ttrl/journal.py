@@ -1,0 +1,190 @@
+"""What a run writes down while it goes: progress, metrics, sample groups, checkpoints, and the sinks that show them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import TypeAdapter
+
+from ttrl.checkpoint import CheckpointStore
+from ttrl.config.schema import Recipe
+from ttrl.evaluate.evaluator import Evaluation
+from ttrl.metrics import MetricSet, require_finite
+from ttrl.protocols import Trainer
+from ttrl.rundir import CHECKPOINTS, EVAL, GROUPS, METRICS, MODEL, RunDir
+from ttrl.seeds import generator
+from ttrl.sinks import Sink
+from ttrl.stepmetrics import share_histogram
+from ttrl.types import Scored, StepStats
+
+
+@dataclass(slots=True)
+class Progress:
+    """Everything a run remembers besides the weights. JSON-able, part of every checkpoint."""
+
+    step: int = 0
+    """steps completed"""
+    empty_steps: int = 0
+    rollout_tokens: int = 0
+    train_tokens: int = 0
+    labels: dict[str, str] = field(default_factory=dict)
+    """prompt id -> its label at the last visit that had one"""
+    evaluations: list[Evaluation] = field(default_factory=list)
+    """first and last evaluation of each split"""
+
+    def flips(self, scored: Sequence[Scored]) -> list[bool]:
+        """For every prompt that had a label before and has one now: did it change?"""
+        return [
+            self.labels[s.group.prompt.id] != s.label
+            for s in scored
+            if s.label is not None and s.group.prompt.id in self.labels
+        ]
+
+    def advance(self, scored: Sequence[Scored], stats: StepStats | None) -> None:
+        """One step is complete."""
+        self.step += 1
+        self.empty_steps = 0 if stats is not None else self.empty_steps + 1
+        self.rollout_tokens += sum(len(r.token_ids) for s in scored for r in s.group.rollouts)
+        self.train_tokens += stats.tokens if stats is not None else 0
+        self.labels.update((s.group.prompt.id, s.label) for s in scored if s.label is not None)
+
+    def record(self, evaluation: Evaluation) -> None:
+        """Keep the first and the latest evaluation of a split."""
+        same = [e for e in self.evaluations if e.split == evaluation.split]
+        if len(same) > 1:
+            self.evaluations.remove(same[-1])
+        self.evaluations.append(evaluation)
+
+    def first_and_last(self, split: str) -> tuple[Evaluation, Evaluation | None] | None:
+        """None before any evaluation; the second is None until there is a later one."""
+        same = sorted((e for e in self.evaluations if e.split == split), key=lambda e: e.step)
+        return (same[0], same[-1] if len(same) > 1 else None) if same else None
+
+    def to_json(self) -> dict[str, Any]:
+        return dict(_PROGRESS.dump_python(self, mode="json"))
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> Progress:
+        return _PROGRESS.validate_python(value)
+
+
+_PROGRESS = TypeAdapter(Progress)
+
+
+class StepClock:
+    """Seconds per phase of one step."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    def total(self) -> float:
+        return time.perf_counter() - self._started
+
+
+class Journal:
+    """Writes the run directory and feeds the sinks."""
+
+    def __init__(self, recipe: Recipe, run: RunDir, sinks: Sequence[Sink]) -> None:
+        self._recipe, self._run, self._sinks = recipe, run, sinks
+        self._store = CheckpointStore(run.path / CHECKPOINTS, recipe.checkpoint.keep)
+
+    def step(
+        self, step: int, metrics: MetricSet, stats: StepStats | None, clock: StepClock, scored: Sequence[Scored]
+    ) -> None:
+        """One object in metrics.jsonl, some groups in groups.jsonl. Raises FloatingPointError for a number that is not finite."""
+        values = metrics.values()
+        if stats is not None:
+            values |= {
+                "train/grad_norm": stats.grad_norm,
+                "train/lr": stats.lr,
+                "train/updates": stats.updates,
+                "train/tokens": stats.tokens,
+            }
+            values |= stats.metrics
+        require_finite(values, f"step {step}")
+        timed = {f"time/{phase}": seconds for phase, seconds in clock.seconds.items()}
+        timed |= {
+            "time/step": clock.total(),
+            "time/rollout_tokens_per_second": values["rollout/tokens"] / max(clock.seconds["rollout"], 1e-9),
+        }
+        record: dict[str, Any] = {
+            "step": step,
+            **dict(sorted(values.items())),
+            "reward/share_histogram": share_histogram(scored),
+        }
+        self._run.append(METRICS, {**record, **{name: round(value, 6) for name, value in timed.items()}})
+        chosen = generator(self._recipe.seed, "shown", step).permutation(len(scored))[
+            : self._recipe.log.groups_per_step
+        ]
+        for index in sorted(int(i) for i in chosen):
+            self._run.append(GROUPS, group_record(step, scored[index]))
+        for sink in self._sinks:
+            sink.step(step, {**values, **timed})
+
+    def evaluation(self, evaluation: Evaluation) -> None:
+        """One object in eval.jsonl."""
+        self._run.append(EVAL, evaluation.record())
+        for sink in self._sinks:
+            sink.evaluation(evaluation)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Tell the sinks what takes time now."""
+        for sink in self._sinks:
+            sink.phase(name)
+        yield
+
+    def checkpoint(self, trainer: Trainer, progress: Progress) -> Path:
+        """Weights, optimizer and progress; atomic."""
+        return self._store.save(progress.step, {"progress": progress.to_json()}, trainer.save)
+
+    def resume(self, trainer: Trainer) -> Progress:
+        """Load the newest undamaged checkpoint and cut the logs back to it. Raises ConfigError when there is none."""
+        folder, state = self._store.latest()
+        trainer.load(folder)
+        self._run.cut_back(int(state["step"]))
+        return Progress.from_json(state["progress"])
+
+    def export(self, trainer: Trainer) -> None:
+        """model/, loadable with transformers."""
+        (self._run.path / MODEL).mkdir(exist_ok=True)
+        trainer.export(self._run.path / MODEL)
+
+
+def group_record(step: int, scored: Scored) -> dict[str, Any]:
+    """One object of groups.jsonl, for people to read."""
+    return {
+        "step": step,
+        "prompt_id": scored.group.prompt.id,
+        "prompt": scored.group.prompt.text,
+        "label": scored.label,
+        "share": round(scored.share, 4),
+        "margin": round(scored.margin, 4),
+        "trace": list(scored.trace),
+        "rollouts": [
+            {
+                "text": rollout.text,
+                "answer": scored.answers[i],
+                "class": int(scored.classes[i]),
+                "reward": float(scored.rewards[i]),
+                "trained": bool(scored.train[i]),
+                "finish": rollout.finish.value,
+                "tokens": len(rollout.token_ids),
+                "mean_logprob": round(float(np.mean(rollout.logprobs)), 4) if len(rollout.logprobs) else None,
+            }
+            for i, rollout in enumerate(scored.group.rollouts)
+        ],
+    }

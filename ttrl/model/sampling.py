@@ -1,0 +1,57 @@
+"""From logits to tokens with one random number per token, and the exact log-probs of what was drawn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ttrl.types import SamplingSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """One token per row."""
+
+    tokens: Tensor
+    """[R]"""
+    logprobs: Tensor
+    """[R] after temperature, over the full vocabulary, float32"""
+    entropy: Tensor | None
+    """[R] nats"""
+
+
+def draw(logits: Tensor, uniform: Tensor, spec: SamplingSpec) -> Draw:
+    """Inverse-CDF sampling: logits [R, V] and one uniform number per row [R] (float64, in [0, 1)).
+
+    At temperature 0 the most likely token is taken (the first one of equals) and log-probs are those at temperature 1. Top-k,
+    top-p and min-p restrict what can be drawn; the log-prob recorded is still that of the full softmax.
+    """
+    logprobs = torch.log_softmax(scaled(logits, spec.temperature), dim=-1)
+    probs = logprobs.exp()
+    if spec.temperature == 0.0:
+        tokens = logprobs.argmax(dim=-1)
+    else:
+        # Double precision: with 24-bit uniforms the target stays strictly below the total, so a token of probability 0 is never hit
+        mass = (truncated(probs, spec) if spec.is_truncated else probs).double().cumsum(dim=-1)
+        tokens = torch.searchsorted(mass, (uniform * mass[:, -1])[:, None], right=True)[:, 0]
+    entropy = -(probs * logprobs.clamp_min(-1e4)).sum(dim=-1) if spec.entropy else None
+    return Draw(tokens, logprobs.gather(1, tokens[:, None])[:, 0], entropy)
+
+
+def scaled(logits: Tensor, temperature: float) -> Tensor:
+    """Logits in float32, divided by the temperature; temperature 0 leaves them as they are."""
+    return logits.float() if temperature in (0.0, 1.0) else logits.float() / temperature
+
+
+def truncated(probs: Tensor, spec: SamplingSpec) -> Tensor:
+    """Zero what top-k, top-p and min-p exclude (not renormalised), [R, V]. The most likely token always stays."""
+    ordered, order = probs.sort(dim=-1, descending=True, stable=True)
+    before = ordered.cumsum(dim=-1) - ordered
+    kept = before < spec.top_p
+    if spec.top_k > 0:
+        kept[:, spec.top_k :] = False
+    kept &= ordered >= spec.min_p * ordered[:, :1]
+    kept[:, 0] = True
+    return torch.zeros_like(probs).scatter(1, order, ordered * kept)

@@ -1,0 +1,61 @@
+"""Weights on their way from a trainer to an engine, and the fingerprint that says which weights something has."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from ttrl.errors import EngineError
+
+
+class NamedTensors:
+    """A WeightSource over a function that yields (name, full tensor) pairs, so that only one is alive at a time."""
+
+    def __init__(self, version: int, tensors: Callable[[], Iterator[tuple[str, Tensor]]]) -> None:
+        self.version = version
+        self._tensors = tensors
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return self._tensors()
+
+
+class Fingerprint:
+    """A hash over all named tensors that is updated tensor by tensor.
+
+    It covers names, shapes, dtypes and every byte, so two engines with one fingerprint hold the same weights.
+    """
+
+    def __init__(self) -> None:
+        self._digests: dict[str, bytes] = {}
+
+    def update(self, name: str, tensor: Tensor) -> None:
+        data = tensor.detach().to("cpu").contiguous()
+        head = f"{name}|{tuple(data.shape)}|{data.dtype}".encode()
+        digest = hashlib.blake2b(head, digest_size=16)
+        digest.update(data.reshape(-1).view(torch.uint8).numpy().data)
+        self._digests[name] = digest.digest()
+
+    def value(self) -> str:
+        """16 hex digits."""
+        total = hashlib.blake2b(digest_size=8)
+        for name in sorted(self._digests):
+            total.update(name.encode() + b"\0" + self._digests[name])
+        return total.hexdigest()
+
+
+@torch.no_grad()
+def load_into(parameters: dict[str, Tensor], source: Iterator[tuple[str, Tensor]], fingerprint: Fingerprint) -> None:
+    """Copy tensors in place. Raises EngineError for an unknown name or another shape; nothing is skipped silently."""
+    for name, tensor in source:
+        target = parameters.get(name)
+        if target is None:
+            raise EngineError(f"weights for {name!r} arrived, but the engine has no such parameter")
+        if target.shape != tensor.shape:
+            raise EngineError(
+                f"weights for {name!r} have shape {tuple(tensor.shape)}, the engine expects {tuple(target.shape)}"
+            )
+        target.copy_(tensor)
+        fingerprint.update(name, target)

@@ -1,0 +1,217 @@
+"""Reading unlabelled prompts: JSONL, JSON, CSV, Parquet or a hub data set -> records -> token ids.
+
+A column that looks like an answer is not refused and not read: only the id and prompt fields leave this file.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ttrl.config.explain import suggest
+from ttrl.config.load import bundled
+from ttrl.errors import ConfigError
+from ttrl.templates import render
+from ttrl.types import Message, Prompt
+
+if TYPE_CHECKING:
+    from ttrl.model.load import Tokenizer
+
+ROLES = ("system", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptRecord:
+    """A prompt before any tokenizer was loaded."""
+
+    id: str
+    messages: tuple[Message, ...]
+
+
+Row = tuple[str, Mapping[str, Any]]
+"""Where the row stands ("file:line") and its columns."""
+
+
+def read_prompts(
+    path: str, *, prompt_field: str = "prompt", id_field: str = "id", limit: int | None = None
+) -> list[PromptRecord]:
+    """All prompts of a file, `bundled:` file or `hub:` data set, in order.
+
+    A row has `prompt` (text, or a list of {role, content} turns) and may have an `id`; without one the id is a hash of the
+    content. Raises ConfigError naming file and line for broken rows, empty prompts, duplicate ids and duplicate contents.
+    """
+    records: list[PromptRecord] = []
+    seen: dict[str, str] = {}
+    for where, row in read_rows(path):
+        record = _record(where, row, prompt_field, id_field)
+        if record.id in seen:
+            hint = (
+                ""
+                if id_field in row
+                else " (rows without an id are identified by their content, so this is the same prompt again)"
+            )
+            raise ConfigError(f"{where}: duplicate id {record.id!r}, first used at {seen[record.id]}{hint}")
+        seen[record.id] = where
+        records.append(record)
+        if limit is not None and len(records) == limit:
+            break
+    if not records:
+        raise ConfigError(f"{path}: contains no prompts")
+    return records
+
+
+def read_rows(path: str) -> Iterator[Row]:
+    """Rows of any supported format. Raises ConfigError for missing or unreadable files, with the line for broken ones."""
+    if path.startswith("hub:"):
+        yield from _hub(path.removeprefix("hub:"))
+        return
+    file = bundled(path) or Path(path)
+    reader = _READERS.get(file.suffix.lower())
+    if reader is None:
+        raise ConfigError(
+            f"{path}: unknown format {file.suffix!r}; use {', '.join(_READERS)}, hub:NAME or bundled:NAME"
+        )
+    if not file.is_file():
+        near = (
+            suggest(file.name, [f.name for f in file.parent.iterdir()])
+            if file.parent.is_dir()
+            else " Its folder does not exist either."
+        )
+        raise ConfigError(f"{path}: no such file.{near}")
+    try:
+        yield from reader(file)
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: is not UTF-8 text") from None
+
+
+def tokenize(
+    records: Iterable[PromptRecord], tokenizer: Tokenizer, template: str, max_tokens: int | None
+) -> list[Prompt]:
+    """Apply the template and encode. Raises ConfigError for a prompt that is empty or longer than `max_tokens`."""
+    prompts = []
+    for record in records:
+        ids = render(record.messages, tokenizer, template)
+        if not ids:
+            raise ConfigError(f"prompt {record.id!r} has no tokens after template {template!r}")
+        if max_tokens is not None and len(ids) > max_tokens:
+            raise ConfigError(
+                f"prompt {record.id!r} has {len(ids)} tokens, more than data.max_prompt_tokens = {max_tokens}; "
+                "raise the limit or remove the prompt (prompts are never cut)"
+            )
+        prompts.append(Prompt(id=record.id, messages=record.messages, token_ids=np.asarray(ids, np.int32)))
+    return prompts
+
+
+def _record(where: str, row: Mapping[str, Any], prompt_field: str, id_field: str) -> PromptRecord:
+    if prompt_field not in row:
+        raise ConfigError(
+            f"{where}: no field {prompt_field!r}.{suggest(prompt_field, row)} (data.prompt_field names it)"
+        )
+    messages = _messages(where, row[prompt_field])
+    identifier = row.get(id_field)
+    if identifier is None or identifier == "":
+        content = json.dumps([[m.role, m.content] for m in messages], ensure_ascii=False)
+        identifier = hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
+    if not isinstance(identifier, str | int) or isinstance(identifier, bool):
+        raise ConfigError(f"{where}: the id must be text or a whole number, got {identifier!r}")
+    return PromptRecord(id=str(identifier), messages=messages)
+
+
+def _messages(where: str, value: Any) -> tuple[Message, ...]:
+    turns = [{"role": "user", "content": value}] if isinstance(value, str) else value
+    if not isinstance(turns, list) or not turns:
+        raise ConfigError(f"{where}: a prompt is text or a list of turns, got {type(value).__name__}")
+    messages = []
+    for turn in turns:
+        if not isinstance(turn, Mapping) or not isinstance(turn.get("content"), str) or turn.get("role") not in ROLES:
+            raise ConfigError(f"{where}: a turn needs a role ({', '.join(ROLES)}) and text as content")
+        messages.append(Message(role=turn["role"], content=turn["content"]))
+    if not any(message.content.strip() for message in messages):
+        raise ConfigError(f"{where}: the prompt is empty")
+    return tuple(messages)
+
+
+def _jsonl(file: Path) -> Iterator[Row]:
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield _object(f"{file}:{number}", line)
+
+
+def _object(where: str, text: str) -> Row:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{where}:{error.colno}: not valid JSON: {error.msg}") from None
+    except RecursionError:
+        raise ConfigError(f"{where}: nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where}: each line must be a JSON object, got {type(value).__name__}")
+    return where, value
+
+
+def _json(file: Path) -> Iterator[Row]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{file}:{error.lineno}:{error.colno}: not valid JSON: {error.msg}") from None
+    except RecursionError:
+        raise ConfigError(f"{file}: nested too deeply") from None
+    if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
+        raise ConfigError(f"{file}: must hold a list of objects (one object per line is .jsonl)")
+    yield from ((f"{file}[{index}]", row) for index, row in enumerate(value))
+
+
+def _csv(file: Path) -> Iterator[Row]:
+    with file.open(encoding="utf-8", newline="") as lines:
+        reader = csv.DictReader(lines, strict=True)
+        try:
+            for row in reader:
+                if None in row or None in row.values():
+                    raise ConfigError(f"{file}:{reader.line_num}: the number of columns differs from the header's")
+                yield f"{file}:{reader.line_num}", row
+        except csv.Error as error:
+            raise ConfigError(f"{file}:{reader.line_num}: not valid CSV: {error}") from None
+
+
+def _parquet(file: Path) -> Iterator[Row]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise ConfigError(f"{file}: reading Parquet needs pyarrow: pip install 'ttrl[data]'") from None
+    try:
+        table = pyarrow.parquet.read_table(file)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ConfigError(f"{file}: not a readable Parquet file: {str(error).splitlines()[0]}") from None
+    yield from ((f"{file}[{index}]", row) for index, row in enumerate(table.to_pylist()))
+
+
+def _hub(name: str) -> Iterator[Row]:
+    try:
+        import datasets
+    except ImportError:
+        raise ConfigError(
+            f"hub:{name}: reading hub data sets needs the package datasets: pip install 'ttrl[data]'"
+        ) from None
+    repository, _, split = name.partition("#")
+    try:
+        data = datasets.load_dataset(repository, split=split or "train")
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise ConfigError(f"hub:{name}: cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+    yield from ((f"hub:{name}[{index}]", row) for index, row in enumerate(data))
+
+
+_READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+    ".jsonl": _jsonl,
+    ".json": _json,
+    ".csv": _csv,
+    ".parquet": _parquet,
+}

@@ -1,0 +1,194 @@
+"""What each slot of a recipe must be able to do. Plug-ins satisfy these by shape; nothing has to be inherited."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from ttrl.metrics import MetricSet
+from ttrl.types import (
+    Group,
+    Health,
+    PackedBatch,
+    Prompt,
+    Request,
+    Rollout,
+    Sample,
+    SamplingSpec,
+    Scored,
+    StepStats,
+    WeightStamp,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from ttrl.model.load import Tokenizer
+
+
+class Source(Protocol):
+    """Which prompts come next. A pure function of the step, so a restart needs no cursor."""
+
+    def batch(self, step: int) -> Sequence[str]:
+        """Ids of the prompts of step 0, 1, 2, ...; no id twice in one step."""
+        ...
+
+
+class Pool(Protocol):
+    """Runs requests on one or many engines."""
+
+    def generate(self, requests: Sequence[Request]) -> list[Rollout]:
+        """One rollout per request, in the order of the requests."""
+        ...
+
+
+class Sampler(Protocol):
+    """How the votes of a step are drawn."""
+
+    def __call__(self, prompts: Sequence[Prompt], pool: Pool, spec: SamplingSpec, seed: int) -> list[Group]: ...
+
+
+class WeightSource(Protocol):
+    """Weights on their way to an engine: named full tensors, a few at a time."""
+
+    version: int
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]: ...
+
+
+class Engine(Protocol):
+    """Generates rollouts."""
+
+    tokenizer: Tokenizer
+
+    def generate(self, requests: Sequence[Request]) -> list[Rollout]:
+        """One rollout per request, in the order of the requests."""
+        ...
+
+    def load_weights(self, version: int, source: WeightSource) -> str:
+        """Take new weights and return the fingerprint of everything now held. Raises EngineError on unknown names."""
+        ...
+
+    def release(self) -> None:
+        """Free the accelerator between phases."""
+        ...
+
+    def restore(self) -> None:
+        """Undo release."""
+        ...
+
+    def ping(self) -> Health: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardContext:
+    """What a reward may know besides the group."""
+
+    step: int
+    seed: int
+    """For rewards that draw; derived from run seed, step and prompt id."""
+
+
+class Reward(Protocol):
+    """Pseudo-label and rewards of one whole group. Sees groups and only groups."""
+
+    needs: frozenset[str]
+    """What the sampler must record for it, for example {"entropy"}."""
+    min_votes: int
+
+    def __call__(self, group: Group, ctx: RewardContext) -> Scored: ...
+
+
+class Gate(Protocol):
+    """Which scored groups may train. Returns the reason to drop the group, or None to keep it."""
+
+    def __call__(self, scored: Scored) -> str | None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForwardOut:
+    """What one forward pass gives the losses. All [N], aligned with the flat arrays of the PackedBatch."""
+
+    logprobs: torch.Tensor
+    """With gradient."""
+    entropy: torch.Tensor
+    """In nats; with gradient only when a part needs "entropy_grad"."""
+    ref_logprobs: torch.Tensor | None
+    """Under the start model, when a part needs "ref_logprobs"."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorBatch:
+    """The flat arrays of a PackedBatch as tensors on the trainer's device."""
+
+    sampler_logprobs: torch.Tensor
+    advantages: torch.Tensor
+    weights: torch.Tensor
+    tokens_in_step: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossOut:
+    """A scalar that was already divided by `tokens_in_step`, and metrics with named reductions."""
+
+    loss: torch.Tensor
+    metrics: MetricSet
+
+
+class Objective(Protocol):
+    """Rewards -> token advantages -> loss."""
+
+    needs: frozenset[str]
+
+    def probes(self, group: Group) -> list[Request]:
+        """Extra generations wanted before scoring; none for GRPO."""
+        ...
+
+    def samples(self, scored: Scored) -> list[Sample]: ...
+
+    def loss(self, out: ForwardOut, batch: TensorBatch) -> LossOut: ...
+
+
+class Stabilizer(Protocol):
+    """What holds the weights back: a term added to the loss."""
+
+    needs: frozenset[str]
+
+    def loss(self, out: ForwardOut, batch: TensorBatch) -> LossOut: ...
+
+
+class Trainer(Protocol):
+    """Owns the trained weights."""
+
+    version: int
+
+    def step(self, step: int, updates: Sequence[Sequence[PackedBatch]]) -> StepStats:
+        """One optimizer update per inner sequence of micro-batches."""
+        ...
+
+    def weights(self) -> WeightSource: ...
+
+    def save(self, path: Path) -> None:
+        """Everything a later `load` needs to continue exactly."""
+        ...
+
+    def load(self, path: Path) -> None: ...
+
+    def export(self, path: Path) -> None:
+        """The adapted model, loadable with transformers."""
+        ...
+
+
+StopCheck = Callable[[], None]
+"""Called at points where nothing is half done; raises StopRequested when the user wants to stop."""
+
+Phase = Callable[[str], AbstractContextManager[None]]
+"""`with phase("rollout"):` measures a part of the step."""
+
+__all__ = [
+    "Engine", "ForwardOut", "Gate", "LossOut", "Objective", "Phase", "Pool", "Reward", "RewardContext", "Sampler", "Source",
+    "Stabilizer", "StopCheck", "TensorBatch", "Trainer", "WeightSource", "WeightStamp",
+]  # fmt: skip

@@ -1,0 +1,149 @@
+"""Plug-ins by name: a built-in, an entry point, `package.module:Name`, or `./file.py:Name` next to the recipe.
+
+A plug-in is a class or function. The framework passes what the slot needs by position; everything keyword-only belongs to
+the recipe's `with:` and is checked against the signature before any model loads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+import typing
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, cast
+
+from pydantic import ConfigDict, ValidationError, create_model
+
+from ttrl.config.explain import suggest
+from ttrl.config.schema import Plug
+from ttrl.errors import ConfigError
+
+# Modules named here import neither torch nor ray at module level: checking a recipe stays instant.
+BUILT_IN: dict[str, dict[str, str]] = {
+    "source": {"epoch": "ttrl.sources:EpochSource"},
+    "sampler": {"flat": "ttrl.rollout.flat:FlatSampler"},
+    "engine": {"hf": "ttrl.rollout.engines:hf", "scripted": "ttrl.rollout.engines:scripted"},
+    "reward": {"majority_vote": "ttrl.rewards.majority:MajorityVote"},
+    "gate": {
+        "vote_share": "ttrl.gates:VoteShare",
+        "answered": "ttrl.gates:Answered",
+        "zero_variance": "ttrl.gates:ZeroVariance",
+    },
+    "objective": {"grpo": "ttrl.trainers.grpo:GRPO"},
+    "advantage": {"grpo": "ttrl.trainers.advantages:grpo", "dr_grpo": "ttrl.trainers.advantages:dr_grpo"},
+    "loss": {"clip": "ttrl.trainers.losses.clip:ClipLoss"},
+    "stabilizer": {"kl": "ttrl.trainers.losses.kl:KLAnchor"},
+    "parameters": {"full": "ttrl.trainers.parameters:Full", "lora": "ttrl.trainers.parameters:LoRA"},
+    "backend": {"torch": "ttrl.trainers.backends:torch"},
+}
+
+
+def names(slot: str) -> dict[str, str]:
+    """Every known plug-in of a slot: name -> where it lives. Built-ins win over entry points of the same name."""
+    found = {point.name: point.value for point in entry_points(group=f"ttrl.{slot}s")}
+    return {**found, **BUILT_IN[slot]}
+
+
+def resolve(slot: str, use: str) -> Callable[..., Any]:
+    """The class or function behind a name. Raises ConfigError with the nearest right name."""
+    target = names(slot).get(use, use)
+    module_name, separator, attribute = target.rpartition(":")
+    if not separator or not module_name:
+        raise ConfigError(f"unknown {slot} {use!r}.{suggest(use, names(slot))}")
+    try:
+        module = _load_file(Path(module_name)) if module_name.endswith(".py") else importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        # Only the module that was asked for is the user's mistake; a missing import inside it is shown as it is.
+        if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
+            raise ConfigError(f"{slot} {use!r}: there is no module {module_name!r}") from None
+        raise ConfigError(
+            f"{slot} {use!r}: {module_name} needs the package {error.name!r}, which is not installed"
+        ) from error
+    found = getattr(module, attribute, None)
+    if not callable(found):
+        public = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+        raise ConfigError(
+            f"{slot} {use!r}: {module_name} has no class or function {attribute!r}.{suggest(attribute, public)}"
+        )
+    return cast(Callable[..., Any], found)
+
+
+def build(slot: str, plug: Plug, *arguments: Any) -> Any:
+    """Resolve a plug-in, check its options and call it with the slot's arguments and the recipe's options."""
+    factory, options = check(slot, plug)
+    try:
+        return factory(*arguments, **options)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{slot} {plug.use!r}: {error}") from error
+
+
+def check(slot: str, plug: Plug) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """The plug-in and its options after validation against the signature. Raises ConfigError naming every bad option."""
+    factory = resolve(slot, plug.use)
+    parameters = [p for p in inspect.signature(factory).parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    hints = _hints(factory)
+    fields: dict[str, Any] = {
+        p.name: (hints.get(p.name, Any), ... if p.default is inspect.Parameter.empty else p.default) for p in parameters
+    }
+    model = create_model(
+        "Options",
+        __config__=ConfigDict(extra="forbid", arbitrary_types_allowed=True, protected_namespaces=()),
+        **fields,
+    )
+    try:
+        checked = model.model_validate(plug.options)
+    except ValidationError as error:
+        problems = []
+        for item in error.errors(include_url=False):
+            key = ".".join(str(part) for part in item["loc"])
+            if item["type"] == "extra_forbidden":
+                problems.append(f"unknown option {key!r}.{suggest(key, fields)}")
+            elif item["type"] == "missing":
+                problems.append(f"option {key!r} is required")
+            else:
+                problems.append(f"option {key!r}: {item['msg']}, got {item['input']!r}")
+        raise ConfigError("\n".join(f"{slot} {plug.use!r}: {problem}" for problem in problems)) from None
+    return factory, {name: getattr(checked, name) for name in checked.model_fields_set}
+
+
+def provenance(use: str) -> str:
+    """For the report: the name, and for a plug-in file the hash of what was run."""
+    file, separator, _ = use.rpartition(":")
+    if separator and file.endswith(".py"):
+        return f"{use} (sha256 {hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]})"
+    return use
+
+
+def _hints(factory: Callable[..., Any]) -> dict[str, Any]:
+    target = factory.__init__ if inspect.isclass(factory) else factory
+    try:
+        return typing.get_type_hints(target)
+    except NameError:
+        # A plug-in may annotate framework types under TYPE_CHECKING; its options are then taken as they are.
+        return {}
+
+
+def _load_file(path: Path) -> Any:
+    if not path.is_file():
+        raise ConfigError(f"plug-in file {path}: no such file")
+    # The module name is tied to the full path, so that two files called reward.py do not shadow each other.
+    name = f"ttrl_plugin_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module

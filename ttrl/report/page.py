@@ -1,0 +1,193 @@
+"""Putting the page together. Everything a model wrote passes through Jinja's autoescaping."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ttrl.config import Recipe, load_recipe
+from ttrl.registry import provenance
+from ttrl.report.plots import accuracy, curve, share_map
+from ttrl.rundir import EVAL, GROUPS, LEDGER, METRICS, RECIPE, REPORT, RunDir
+
+MAX_GROUPS = 24
+MAX_LEDGER_ROWS = 500
+MAX_TEXT = 4_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Headline:
+    """One number before and after."""
+
+    name: str
+    meaning: str
+    before: str
+    after: str
+    change: str
+    verdict: str
+    """better | worse | same | none, for the colour"""
+
+
+def write_report(run: RunDir) -> Path:
+    """Write report.html from the other files of the run and return its path."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    run.write(REPORT, environment.get_template("report.html.j2").render(**_content(run)))
+    return run.path / REPORT
+
+
+def _content(run: RunDir) -> dict[str, Any]:
+    recipe, summary = load_recipe(run.path / RECIPE), run.summary()
+    metrics = list(run.lines(METRICS))
+    entries = list(run.lines(LEDGER))
+    headlines = _headlines(summary)
+    return {
+        "recipe": recipe,
+        "recipe_text": (run.path / RECIPE).read_text(encoding="utf-8"),
+        "summary": summary,
+        "headlines": headlines,
+        "cards": _cards(headlines),
+        "heldout": _headlines(summary.get("heldout") or {}),
+        "trained_on": _trained_on(recipe),
+        "parts": _parts(recipe),
+        "figures": _figures(metrics, list(run.lines(EVAL)), summary),
+        "ledger": sorted(entries, key=lambda e: (_ORDER.index(e["verdict"]), e["p_value"]))[:MAX_LEDGER_ROWS],
+        "ledger_total": len(entries),
+        "groups": [_clipped(group) for group in _spread(list(run.lines(GROUPS)))],
+        "dropped": _dropped(metrics),
+    }
+
+
+_ORDER = ("corrupted", "learned", "sharpened", "unchanged")
+_MEANINGS = {
+    "pass@1": "share of samples that are right (mean over samples and prompts)",
+    "majority_share": "votes of the most common answer among valid votes; no labels involved",
+    "answered": "share of samples with a readable answer",
+    "length": "mean tokens per sample",
+}
+
+
+def _meaning(name: str) -> str:
+    kind, _, k = name.partition("@")
+    if kind == "pass" and k != "1":
+        return f"at least one of {k} samples is right (unbiased)"
+    return f"the vote of {k} samples is right (ties at random)" if kind == "maj" else _MEANINGS.get(name, "")
+
+
+def _headlines(part: Mapping[str, Any]) -> list[Headline]:
+    before, after, changes = part.get("initial") or {}, part.get("final") or {}, part.get("change") or {}
+    rows = []
+    for name, estimate in before.items():
+        verdict = "none"
+        difference = changes.get(name)
+        if difference is not None and difference["low"] is not None and "@" in name:
+            verdict = "better" if difference["low"] > 0 else "worse" if difference["high"] < 0 else "same"
+        rows.append(
+            Headline(
+                name=name,
+                meaning=_meaning(name),
+                before=_show(estimate),
+                after=_show(after.get(name)),
+                change=_show(difference, sign=True),
+                verdict=verdict,
+            )
+        )  # fmt: skip
+    return rows
+
+
+def _cards(rows: Sequence[Headline]) -> list[Headline]:
+    """The numbers to see first: pass@1, the largest vote, and what can be seen without labels."""
+    majority = [row for row in rows if row.name.startswith("maj@")][-1:]
+    return (
+        [row for row in rows if row.name == "pass@1"] + majority + [row for row in rows if row.name == "majority_share"]
+    )
+
+
+def _show(estimate: Mapping[str, Any] | None, *, sign: bool = False) -> str:
+    if estimate is None:
+        return "not measured"
+    form = "+.3f" if sign else ".3f"
+    interval = "" if estimate["low"] is None else f" [{estimate['low']:{form}}, {estimate['high']:{form}}]"
+    return f"{estimate['value']:{form}}{interval}"
+
+
+def _trained_on(recipe: Recipe) -> str:
+    data = Path(recipe.data.prompts).name
+    text = (
+        f"Trained on the prompts of {data}, without labels. The numbers above are on these same prompts: "
+        "that is the test-time setting."
+    )
+    if recipe.eval.heldout is None:
+        return text + " Nothing was held out, so the report cannot say whether the gain carries over to other prompts."
+    return text + f" {Path(recipe.eval.heldout.prompts).name} was held out: never sampled for training."
+
+
+def _parts(recipe: Recipe) -> list[tuple[str, str]]:
+    plugs = [("sampler", recipe.rollout.sampler), ("engine", recipe.rollout.engine), ("reward", recipe.reward)]
+    plugs += [("gate", plug) for plug in recipe.gates] + [("objective", recipe.objective)]
+    plugs += [("stabilizer", plug) for plug in recipe.stabilizers] + [("parameters", recipe.trainer.parameters)]
+    return [(slot, provenance(plug.use) + (f" {plug.options}" if plug.options else "")) for slot, plug in plugs]
+
+
+def _figures(
+    metrics: Sequence[Mapping[str, Any]], evals: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]
+) -> list[str]:
+    from markupsafe import Markup
+
+    initial = summary.get("initial") or {}
+    majority = [name for name in initial if name.startswith("maj@")]
+    beat = initial[majority[-1]]["value"] if majority else None
+    adapted = [row for row in evals if row["split"] == "adapted"]
+    heldout = [row for row in evals if row["split"] == "heldout"]
+    shown = ["pass@1", *majority[-1:]]
+    figures = [
+        accuracy(adapted, shown, "Accuracy on the adapted prompts", beat),
+        accuracy(heldout, shown, "Accuracy on the held-out prompts", None),
+        curve(metrics, {"reward/mean": "mean reward", "reward/majority_share": "vote share", "reward/answered": "answered"},
+              "Votes and reward (no labels)", bounded=True),
+        share_map(metrics, "Vote shares over time"),
+        curve(metrics, {"reward/flip_rate": "labels that changed since the last visit", "reward/labelled": "groups with a label"},
+              "Stability of the labels", bounded=True),
+        curve(metrics, {"reward/unique_answers": "different answers per prompt"}, "Diversity"),
+        curve(metrics, {"rollout/length": "tokens per rollout"}, "Length"),
+        curve(metrics, {"train/entropy": "entropy (nats)"}, "Entropy of the policy"),
+        curve(metrics, {"train/kl": "KL to the start model"}, "Distance from the start model"),
+        curve(metrics, {"train/grad_norm": "before clipping"}, "Gradient norm"),
+    ]  # fmt: skip
+    # The SVGs hold numbers and the fixed titles above, nothing a model wrote
+    return [Markup(figure) for figure in figures if figure is not None]
+
+
+def _spread(groups: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """At most MAX_GROUPS, evenly over the run, the first and the last among them."""
+    if len(groups) <= MAX_GROUPS:
+        return list(groups)
+    return [groups[round(i * (len(groups) - 1) / (MAX_GROUPS - 1))] for i in range(MAX_GROUPS)]
+
+
+def _clipped(group: Mapping[str, Any]) -> dict[str, Any]:
+    rollouts = [{**rollout, "text": _clip(rollout["text"])} for rollout in group["rollouts"]]
+    return {
+        **group,
+        "prompt": _clip(group["prompt"]),
+        "rollouts": sorted(rollouts, key=lambda r: (-r["reward"], r["class"])),
+    }
+
+
+def _clip(text: str) -> str:
+    return text if len(text) <= MAX_TEXT else text[:MAX_TEXT] + f" ... ({len(text) - MAX_TEXT} more characters)"
+
+
+def _dropped(metrics: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    totals: dict[str, int] = {}
+    for row in metrics:
+        for name, value in row.items():
+            if name.startswith("dropped/"):
+                totals[name.removeprefix("dropped/")] = totals.get(name.removeprefix("dropped/"), 0) + int(value)
+    return totals

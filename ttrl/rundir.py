@@ -1,0 +1,91 @@
+"""The run directory: one place that knows its file names and writes them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ttrl.errors import ConfigError
+
+RECIPE, METRICS, EVAL, GROUPS = "recipe.yaml", "metrics.jsonl", "eval.jsonl", "groups.jsonl"
+LEDGER, SUMMARY, REPORT, CHECKPOINTS, MODEL = "ledger.jsonl", "summary.json", "report.html", "checkpoints", "model"
+STEPPED = (METRICS, EVAL, GROUPS)
+"""Files with one object per step, cut back to the checkpoint when a run is resumed."""
+
+
+class RunDir:
+    """`RunDir.create` for a new run, `RunDir.existing` to resume or to read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls, path: Path) -> RunDir:
+        """Raises ConfigError when the folder already holds a run or cannot be made."""
+        check_unused(path)
+        try:
+            (path / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"output {path}: cannot be created: {error.strerror}") from None
+        return cls(path)
+
+    @classmethod
+    def existing(cls, path: Path) -> RunDir:
+        """Raises ConfigError when there is no run."""
+        if not (path / RECIPE).is_file():
+            raise ConfigError(f"{path}: holds no run (no {RECIPE})")
+        return cls(path)
+
+    def append(self, file: str, record: Mapping[str, Any]) -> None:
+        """Add one object to a JSONL file and flush it, so that a reader never sees half a line for long."""
+        with (self.path / file).open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+
+    def write_lines(self, file: str, records: Iterable[Mapping[str, Any]]) -> None:
+        """Replace a JSONL file."""
+        self.write(file, "".join(json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in records))
+
+    def write(self, file: str, text: str) -> None:
+        """Replace a file; readers see the old or the new one, never a part."""
+        target = self.path / file
+        temporary = target.with_name(target.name + ".part")
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, target)
+
+    def write_json(self, file: str, value: Mapping[str, Any]) -> None:
+        self.write(file, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+    def lines(self, file: str) -> Iterator[dict[str, Any]]:
+        """Objects of a JSONL file; nothing when it does not exist. A torn last line, left by a kill, is skipped."""
+        path = self.path / file
+        if not path.is_file():
+            return
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                return
+
+    def summary(self) -> dict[str, Any]:
+        """The content of summary.json; empty before the run ended."""
+        path = self.path / SUMMARY
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    def cut_back(self, step: int) -> None:
+        """Forget lines of steps >= `step`; evaluations after step `step` go too. Used by resume."""
+        for file in STEPPED:
+            limit = step + 1 if file == EVAL else step
+            self.write_lines(file, [record for record in self.lines(file) if record["step"] < limit])
+
+
+def check_unused(path: Path) -> None:
+    """Raises ConfigError when `path` already holds a run, or is not a folder."""
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"output {path}: is a file, not a folder")
+    if (path / RECIPE).exists():
+        raise ConfigError(
+            f"output {path}: already holds a run; continue it with --resume, or choose another folder with --output"
+        )

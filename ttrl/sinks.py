@@ -1,0 +1,147 @@
+"""Where numbers go besides the run directory: console, TensorBoard, Weights & Biases."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ttrl.config.schema import Recipe
+from ttrl.errors import ConfigError
+from ttrl.evaluate.evaluator import Estimate, Evaluation
+
+COLUMNS = (
+    ("reward", "reward/mean", "6.3f"), ("share", "reward/majority_share", "6.3f"), ("answered", "reward/answered", "8.3f"),
+    ("labelled", "reward/labelled", "8.3f"), ("length", "rollout/length", "6.1f"), ("kl", "train/kl", "8.5f"),
+    ("entropy", "train/entropy", "7.4f"), ("grad", "train/grad_norm", "6.3f"), ("tok/s", "time/rollout_tokens_per_second", "7.0f"),
+    ("s/step", "time/step", "6.1f"),
+)  # fmt: skip
+
+
+class Sink(Protocol):
+    """Receives what happens, in order. Closed at the end, also after an error."""
+
+    def phase(self, name: str) -> None: ...
+
+    def step(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def evaluation(self, evaluation: Evaluation) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def show(estimate: Estimate) -> str:
+    """`0.672 [0.640, 0.704]`."""
+    if estimate.low is None or estimate.high is None:
+        return f"{estimate.value:.3f}"
+    return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
+
+
+class ConsoleSink:
+    """One line per step under a table head, and a progress bar with the time that remains."""
+
+    def __init__(self, recipe: Recipe, console: Console, start: int) -> None:
+        self._console = console
+        self._progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("elapsed"), TimeElapsedColumn(),
+            TextColumn("left"), TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal,
+        )  # fmt: skip
+        self._task = self._progress.add_task("starting", total=recipe.steps, completed=start)
+        self._headed = False
+        self._progress.start()
+
+    def phase(self, name: str) -> None:
+        self._progress.update(self._task, description=name)
+
+    def step(self, step: int, values: Mapping[str, float]) -> None:
+        if not self._headed:
+            heads = (f"{name:>{_width(spec, name)}}" for name, _, spec in COLUMNS)
+            self._console.print("step  " + "  ".join(heads), style="bold", highlight=False)
+            self._headed = True
+        cells = (_cell(values.get(key), spec, name) for name, key, spec in COLUMNS)
+        self._console.print(f"{step:>4}  " + "  ".join(cells), highlight=False)
+        self._progress.update(self._task, completed=step + 1, description="training")
+
+    def evaluation(self, evaluation: Evaluation) -> None:
+        shown = [f"{name} {show(e)}" for name, e in evaluation.estimates.items() if name not in ("answered", "length")]
+        when = f"after {evaluation.step} steps" if evaluation.step else "before training"
+        self._console.print(
+            f"[bold]{evaluation.split}[/bold] {when}: " + "   ".join(shown).replace("[", "\\["), highlight=False
+        )
+
+    def close(self) -> None:
+        self._progress.stop()
+
+
+def _width(spec: str, name: str) -> int:
+    return max(int(spec.split(".")[0]), len(name))
+
+
+def _cell(value: float | None, spec: str, name: str) -> str:
+    text = "-" if value is None else f"{value:{spec}}"
+    return f"{text:>{_width(spec, name)}}"
+
+
+class TensorBoardSink:
+    """Event files under <output>/tensorboard."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ConfigError(
+                "log.tensorboard needs the package tensorboard: pip install 'ttrl[tensorboard]'"
+            ) from None
+        self._writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def phase(self, name: str) -> None:
+        """Not shown."""
+
+    def step(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def evaluation(self, evaluation: Evaluation) -> None:
+        for name, estimate in evaluation.estimates.items():
+            self._writer.add_scalar(f"eval/{evaluation.split}/{name}", estimate.value, evaluation.step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbSink:
+    """A Weights & Biases run; only when the recipe names a project."""
+
+    def __init__(self, recipe: Recipe, folder: Path) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise ConfigError("log.wandb needs the package wandb: pip install 'ttrl[wandb]'") from None
+        config = recipe.model_dump(mode="json", by_alias=True)
+        self._run: Any = wandb.init(project=recipe.log.wandb, name=recipe.name, dir=str(folder), config=config)
+
+    def phase(self, name: str) -> None:
+        """Not shown."""
+
+    def step(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def evaluation(self, evaluation: Evaluation) -> None:
+        values = {f"eval/{evaluation.split}/{name}": estimate.value for name, estimate in evaluation.estimates.items()}
+        self._run.log({**values, "eval/step": evaluation.step})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def open_sinks(recipe: Recipe, folder: Path, console: Console, start: int) -> list[Sink]:
+    """The sinks a recipe asks for. Raises ConfigError when a package is missing."""
+    sinks: list[Sink] = []
+    if recipe.log.tensorboard:
+        sinks.append(TensorBoardSink(folder))
+    if recipe.log.wandb:
+        sinks.append(WandbSink(recipe, folder))
+    return [*sinks, ConsoleSink(recipe, console, start)]
