@@ -8,6 +8,9 @@ from ttrl.config.load import bundled
 from ttrl.config.schema import ModelSection
 from ttrl.errors import ConfigError
 
+HUB_TIMEOUT = 2.0
+"""Seconds."""
+
 
 def check_model_path(model: ModelSection) -> None:
     """Raises ConfigError for a model that can be seen to be missing; a hub name is looked up in the local cache and online."""
@@ -24,23 +27,24 @@ def check_model_path(model: ModelSection) -> None:
 
 
 def _check_hub(name: str) -> None:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
+    """One request and no retries: whoever mistyped a path should not wait for a network that is not there."""
+    import urllib.error
+    import urllib.request
 
+    from huggingface_hub import constants, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.utils import build_hf_headers
+
+    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return
+    missing = f"model.path {name!r}: no such folder, and not in the local hub cache"
+    if constants.is_offline_mode():
+        raise ConfigError(f"{missing} (hub access is switched off by HF_HUB_OFFLINE)")
+    request = urllib.request.Request(hf_hub_url(name, "config.json"), headers=build_hf_headers(), method="HEAD")
     try:
-        hf_hub_download(name, "config.json", etag_timeout=2)
-    except RepositoryNotFoundError:
-        raise ConfigError(f"model.path {name!r}: neither a folder here nor a public model on the hub") from None
-    except LocalEntryNotFoundError:
-        raise ConfigError(
-            f"model.path {name!r}: no such folder, not in the local hub cache, and the hub cannot be reached"
-        ) from None
-    except EntryNotFoundError:
-        raise ConfigError(f"model.path {name!r}: this hub repository holds no model (no config.json)") from None
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise ConfigError(f"model.path {name!r}: {str(error).strip().splitlines()[0]}") from None
+        urllib.request.urlopen(request, timeout=HUB_TIMEOUT).close()
+    except urllib.error.HTTPError as error:
+        if error.code in (401, 403, 404):
+            raise ConfigError(f"{missing}; the hub has no such public model, or this account may not read it") from None
+        raise ConfigError(f"{missing}; the hub answers with status {error.code}") from None
+    except OSError as error:
+        raise ConfigError(f"{missing}; the hub cannot be reached: {error}") from None

@@ -35,8 +35,8 @@ class RunDir:
     @classmethod
     def existing(cls, path: Path) -> RunDir:
         """Raises ConfigError when there is no run."""
-        if not (path / RECIPE).is_file():
-            raise ConfigError(f"{path}: holds no run (no {RECIPE})")
+        if not (path / RECIPE).is_file() or not (path / CHECKPOINTS).is_dir():
+            raise ConfigError(f"{path}: holds no run (a run has {RECIPE} and {CHECKPOINTS}/)")
         return cls(path)
 
     def append(self, file: str, record: Mapping[str, Any]) -> None:

@@ -46,12 +46,15 @@ def scaled(logits: Tensor, temperature: float) -> Tensor:
 
 
 def truncated(probs: Tensor, spec: SamplingSpec) -> Tensor:
-    """Zero what top-k, top-p and min-p exclude (not renormalised), [R, V]. The most likely token always stays."""
+    """Zero what top-k, top-p and min-p exclude (not renormalised), [R, V]. The most likely token always stays.
+
+    Top-p is a share of the mass that top-k left, as in transformers and vLLM.
+    """
     ordered, order = probs.sort(dim=-1, descending=True, stable=True)
-    before = ordered.cumsum(dim=-1) - ordered
-    kept = before < spec.top_p
     if spec.top_k > 0:
-        kept[:, spec.top_k :] = False
+        ordered[:, spec.top_k :] = 0.0
+    mass = ordered.cumsum(dim=-1)
+    kept = mass - ordered < spec.top_p * mass[:, -1:]
     kept &= ordered >= spec.min_p * ordered[:, :1]
     kept[:, 0] = True
     return torch.zeros_like(probs).scatter(1, order, ordered * kept)

@@ -43,8 +43,9 @@ def write_report(run: RunDir) -> Path:
 
 
 def _content(run: RunDir) -> dict[str, Any]:
-    recipe, summary = load_recipe(run.path / RECIPE), run.summary()
+    recipe = load_recipe(run.path / RECIPE)
     metrics = list(run.lines(METRICS))
+    summary = run.summary() or _unfinished(metrics)
     entries = list(run.lines(LEDGER))
     headlines = _headlines(summary)
     return {
@@ -62,6 +63,14 @@ def _content(run: RunDir) -> dict[str, Any]:
         "groups": [_clipped(group) for group in _spread(list(run.lines(GROUPS)))],
         "dropped": _dropped(metrics),
     }
+
+
+def _unfinished(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Stands in for summary.json while a run goes on, or after it was killed."""
+    tokens = sum(int(row["rollout/tokens"]) for row in metrics)
+    seconds = sum(float(row["time/step"]) for row in metrics)
+    return {"status": "unfinished", "reason": "", "steps": len(metrics), "tokens": {"rollout": tokens}, "seconds": seconds,
+            "peak_memory_mb": 0, "ledger": None}  # fmt: skip
 
 
 _ORDER = ("corrupted", "learned", "sharpened", "unchanged")
