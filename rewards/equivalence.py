@@ -14,13 +14,16 @@ from ttrl.types import NO_ANSWER
 
 MAX_DIGITS = 200
 """Longer numbers are compared as text; no answer of this field needs more."""
+MAX_LENGTH = 10_000
+"""Longer texts are compared as they are."""
 
-_DROPPED = re.compile(
-    r"\\(?:left|right|displaystyle|textstyle|mathrm|mathbf|bigl?|bigr?|Bigl?|Bigr?)(?![A-Za-z])|\\[!,;: ]|[$~]"
-)
-_TEXT = re.compile(r"\\(?:text|textbf|textit|mbox|mathrm)\s*\{([^{}]*)\}")
+_DROPPED = re.compile(r"\\(?:left|right|displaystyle|textstyle|bigl?|bigr?|Bigl?|Bigr?)(?![A-Za-z])|\\[!,;: ]|[$~]")
+_TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mbox|mathrm|mathbf|mathit|mathsf)\s*\{([^{}]*)\}")
 _DEGREES = re.compile(r"\^\{?\\circ\}?|\\degree|°")
-_SHORT_FRACTION = re.compile(r"\\frac\s*(\d)\s*(\d)(?!\d)")
+_SHORT_NUMERATOR = re.compile(r"\\frac\s*(\d)\s*(?=[\d{])")
+_SHORT_DENOMINATOR = re.compile(r"(\\frac\{[^{}]*\})\s*(\d)(?!\d)")
+_GROUP_SPACE = re.compile(r"(?<=\d) (?=\d{3}(?!\d))")
+_OTHER_SPACE = re.compile(r"(?<!\d) | (?!\d)")
 _FRACTION = re.compile(r"([+-]?)\\frac\{([+-]?[\d.]+)\}\{([+-]?[\d.]+)\}")
 _RATIO = re.compile(r"([+-]?[\d.]+)/([+-]?[\d.]+)")
 _DECIMAL = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)")
@@ -52,16 +55,24 @@ def canonical(answer: str, kind: str) -> str:
 
 
 def _canonical_math(answer: str) -> str:
-    text = _TEXT.sub(r"\1", answer)
+    text = answer.strip()
+    if len(text) > MAX_LENGTH:
+        return text
+    text = _TEXT.sub(r"\1", _TEXT.sub(r"\1", text))  # twice: \text{\textbf{B}}
+    text = text.replace("−", "-").replace("{,}", ",")
     text = _DROPPED.sub("", text).replace("\\%", "%")
     text = _DEGREES.sub("", text).replace("dfrac", "frac").replace("tfrac", "frac")
-    text = re.sub(r"\s+", " ", text).strip().rstrip(".:;").strip()
+    text = re.sub(r"\s+", " ", text).strip().rstrip(".:;,").strip()
     named = _NAMED.fullmatch(text)
     if named:
         text = named.group("value").strip()
     if re.fullmatch(r"[A-Za-z][A-Za-z -]*", text):
         return text.casefold()
-    text = _SHORT_FRACTION.sub(r"\\frac{\1}{\2}", text.replace(" ", ""))
+    text = _SHORT_DENOMINATOR.sub(r"\1{\2}", _SHORT_NUMERATOR.sub(r"\\frac{\1}", text))
+    if _THOUSANDS.fullmatch(text):  # before spaces go: "1, 200" is a list
+        text = text.replace(",", "")
+    # "10 000" is one number, but "1 1/2" must not become 11/2
+    text = _OTHER_SPACE.sub("", _GROUP_SPACE.sub("", text))
     number = _number(text)
     if number is not None:
         return str(number)
@@ -108,8 +119,6 @@ def _split(text: str) -> list[str]:
 def _number(text: str) -> Fraction | None:
     if len(text) > MAX_DIGITS:
         return None
-    if _THOUSANDS.fullmatch(text):
-        text = text.replace(",", "")
     if _DECIMAL.fullmatch(text):
         return Fraction(text)
     ratio = _FRACTION.fullmatch(text)

@@ -14,8 +14,11 @@ MAX_TEXT = 100_000
 MAX_ANSWER = 1_000
 """A longer answer is no answer."""
 
-_NUMBER = re.compile(r"(?<![\w.])-?(?:\d{1,3}(?:,\d{3})+|\d+)?\.?\d+(?:/\d+)?(?![\w])")
+_NUMBER = re.compile(r"(?<![\w.])[-−]?(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)(?:/\d+)?(?!\w)")
 _STATED = re.compile(r"(?:final answer|answer)\s*(?:is|:|=)\s*:?\s*", re.IGNORECASE)
+_SENTENCE_END = re.compile(r"\.(?:\s|$)|;|,\s| because | since ")
+_BOX = re.compile(r"\\f?box(?:ed)?\s*\{")
+_BRACE = re.compile(r"(?<!\\)[{}]")
 
 
 def extract(text: str, kind: str, **options: Any) -> str | None:
@@ -34,22 +37,17 @@ def extract(text: str, kind: str, **options: Any) -> str | None:
 
 def boxed(text: str) -> str | None:
     """The content of the last balanced `\\boxed{...}` or `\\fbox{...}`; one that never closes does not count."""
-    for match in reversed(list(re.finditer(r"\\f?box(?:ed)?\s*\{", text))):
-        content = _balanced(text, match.end())
-        if content is not None:
-            return content
-    return None
-
-
-def _balanced(text: str, start: int) -> str | None:
-    depth = 1
-    for position in range(start, min(len(text), start + MAX_ANSWER + 1)):
-        if text[position] == "{" and text[position - 1] != "\\":
-            depth += 1
-        elif text[position] == "}" and text[position - 1] != "\\":
-            depth -= 1
-            if depth == 0:
-                return text[start:position]
+    closed_at: dict[int, int] = {}
+    still_open: list[int] = []
+    for brace in _BRACE.finditer(text):
+        if brace.group() == "{":
+            still_open.append(brace.start())
+        elif still_open:
+            closed_at[still_open.pop()] = brace.start()
+    for box in reversed(list(_BOX.finditer(text))):
+        end = closed_at.get(box.end() - 1)
+        if end is not None and end - box.end() <= MAX_ANSWER:
+            return text[box.end() : end]
     return None
 
 
@@ -63,7 +61,16 @@ def _stated(text: str) -> str | None:
     inline = re.match(r"\s*\$([^$]+)\$|\s*\\\(([^$]+?)\\\)", rest)
     if inline:
         return inline.group(1) or inline.group(2)
-    return re.split(r"\.(?:\s|$)|;|,\s| because | since ", rest)[0].strip(" *:`")
+    return _sentence(rest).strip(" *:`")
+
+
+def _sentence(text: str) -> str:
+    """Up to the first end of a sentence or clause outside brackets: "(1, 2), as shown" is "(1, 2)"."""
+    for end in _SENTENCE_END.finditer(text):
+        head = text[: end.start()]
+        if sum(map(head.count, "([{")) <= sum(map(head.count, ")]}")):
+            return head
+    return text
 
 
 def _math(text: str) -> str | None:
@@ -73,7 +80,8 @@ def _math(text: str) -> str | None:
     stated = _stated(text)
     # A sentence after "the answer is" is an explanation, not an answer: "the answer is 12 apples because" means 12.
     if stated and " " in stated and not re.search(r"[\\^_=+*/(){}\[\]]", stated):
-        return _number(stated)
+        first = _NUMBER.search(stated)
+        return first.group() if first else None
     return stated
 
 
@@ -85,17 +93,20 @@ def _number(text: str) -> str | None:
 
 def _choice(text: str, letters: str = "ABCD") -> str | None:
     """A letter said to be the answer, else the last one standing alone; never the article "a" or a capitalised "A cat"."""
-    if not letters.isalpha() or letters != letters.upper():
+    if not isinstance(letters, str) or not letters.isalpha() or letters != letters.upper():
         raise ValueError(f"letters must be capital letters such as 'ABCD', got {letters!r}")
     one = f"[{letters}]"
+    # A letter before a lower-case word is the subject of a sentence ("Option B is wrong") or an article ("A cat").
+    no_word = r"(?!\s{1,4}(?!(?:because|since|as)\b)[a-z])"
     inside = boxed(text)
     if inside is not None:
-        match = re.fullmatch(rf"\s*(?:\\text\{{)?\(?({one})\)?[.:)]?\s*\}}?.{{0,200}}", inside, re.DOTALL)
-        return match.group(1) if match and not re.match(rf"\s*{one}\w", inside) else None
+        match = re.match(rf"\s*(?:\\text\{{)?\(?({one})(?![\w']){no_word}", inside)
+        return match.group(1) if match else None
+    # Bounded repeats: unbounded ones next to each other take time that grows with a power of the text.
     stated = re.findall(
-        rf"(?:answer|choice|option)\s*(?:is|:|=)?\s*:?\s*\**\(?({one})\)?(?![\w'])(?!\s+[a-z])", text, re.IGNORECASE
+        rf"(?i:answer|choice|option)\s{{0,4}}(?i:is|:|=)?\s{{0,4}}:?\s{{0,4}}\*{{0,3}}\(?({one})\)?(?![\w']){no_word}",
+        text,
     )
-    stated = [letter for letter in stated if letter in letters]
     if stated:
         return str(stated[-1])
     alone = re.findall(rf"\(({one})\)|(?<![\w'])({one})(?=[.):]|\s*$|\s*\n)", text)
@@ -104,8 +115,9 @@ def _choice(text: str, letters: str = "ABCD") -> str | None:
 
 def _label(text: str, labels: Sequence[str] = (), which: str = "first") -> str | None:
     """A whole word (or phrase) of the closed set, as the set spells it; case does not matter."""
-    if not labels or which not in ("first", "last"):
-        raise ValueError("the label extractor needs labels: [...] and which: first | last")
+    words_only = not isinstance(labels, str) and all(isinstance(label, str) and label.strip() for label in labels)
+    if not labels or not words_only or which not in ("first", "last"):
+        raise ValueError("the label extractor needs labels: [word, ...] and which: first | last")
     spelled = {label.casefold(): label for label in labels}
     words = "|".join(re.escape(label) for label in sorted(spelled, key=len, reverse=True))
     found = re.findall(rf"(?<!\w)(?:{words})(?!\w)", text.casefold())

@@ -41,9 +41,9 @@ class AnswerReader:
             c: canonical(a, self.kind) for a, c in zip(answers, raw, strict=True) if a is not None and c != NO_ANSWER
         }
         forms = tuple(sorted(form_of.values()))
-        rank = {c: forms.index(form) for c, form in form_of.items()}
-        return [rank.get(c, NO_ANSWER) for c in raw], forms
+        rank = {form: index for index, form in enumerate(forms)}
+        return [rank[form_of[c]] if c != NO_ANSWER else NO_ANSWER for c in raw], forms
 
-    def same(self, first: str | None, second: str | None) -> bool:
-        """Do two answers belong to one class?"""
-        return classes([first, second], self.kind) == [0, 0]
+    def form(self, answer: str) -> str:
+        """The canonical text of one answer, as `classes` returns it."""
+        return canonical(answer, self.kind)

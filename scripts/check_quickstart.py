@@ -36,7 +36,9 @@ def main() -> None:
         print(f"quickstart: {problem}")
     if not found:
         values = [summary[when]["pass@1"]["value"] for when in ("initial", "final")]
-        print(f"quickstart: pass@1 {values[0]:.3f} -> {values[1]:.3f}, {summary['seconds']} s, {summary['peak_memory_mb']} MB")
+        print(
+            f"quickstart: pass@1 {values[0]:.3f} -> {values[1]:.3f}, {summary['seconds']} s, {summary['peak_memory_mb']} MB"
+        )
     sys.exit(bool(found))
 
 

@@ -119,7 +119,7 @@ def light(code: str) -> None:
         "from ttrl.config import load_recipe; load_recipe('quickstart')",
         "from ttrl.config import load_recipe; from ttrl.setup import check_recipe; check_recipe(load_recipe('quickstart'))",
         "import ttrl.rewards.majority, ttrl.rewards.vote, ttrl.rewards.equivalence, ttrl.rewards.extract",
-        "from ttrl.registry import BUILT_IN, names, resolve\nfor slot in BUILT_IN:\n    for name in BUILT_IN[slot]: resolve(slot, name)",
+        "from ttrl.registry import BUILT_IN as B, resolve\nfor s in B:\n    for n in B[s]: resolve(s, n)",
     ],
 )
 def test_importing_and_checking_stay_light(code):
@@ -138,7 +138,9 @@ def test_wheel_works_in_a_clean_environment(tmp_path):
 
     venv.create(tmp_path / "clean", with_pip=True)
     python = tmp_path / "clean" / "bin" / "python"
-    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", str(wheel)], check=True, capture_output=True)
+    subprocess.run(
+        [python, "-m", "pip", "install", "--quiet", "--no-deps", str(wheel)], check=True, capture_output=True
+    )
     site = next((tmp_path / "clean" / "lib").glob("python*/site-packages"))
     # The dependencies come from the environment of the tests; the package itself must come from the wheel
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
@@ -149,5 +151,7 @@ def test_wheel_works_in_a_clean_environment(tmp_path):
     )
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "rewards.py").write_text("raise RuntimeError('a file of the user shadows ours')")
-    result = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True, cwd=tmp_path / "elsewhere")
+    result = subprocess.run(
+        [python, "-c", code], check=True, capture_output=True, text=True, cwd=tmp_path / "elsewhere"
+    )
     assert str(site) in result.stdout

@@ -249,8 +249,8 @@ def test_the_report_can_be_written_again(finished):
     assert (finished / "report.html").read_text() == before
 
 
-def test_eval_command_agrees_with_the_evaluation_inside_the_run(finished, tmp_path):
-    """Same code, same seeds: the start model's numbers inside the run and from `ttrl eval` are equal to the last digit."""
+def test_eval_command_measures_any_model_with_and_without_labels(finished, tmp_path):
+    """Labelled and unlabelled evaluation of a bundled and of an adapted model."""
     from ttrl.config.load import bundled
 
     prompts = tmp_path / "four.jsonl"

@@ -88,7 +88,8 @@ class CompletionScorer:
 def split_head(model: PreTrainedModel) -> tuple[PreTrainedModel, Callable[[Tensor], Tensor]]:
     """(body, head) such that head(body(x)) are the logits; (model, identity) for models that do more than a projection.
 
-    Some models scale or cap their logits. That is tried on two tokens, not looked up by name.
+    Some models scale or cap their logits. That is tried on two tokens, not looked up by name. The same operations on the same
+    numbers agree bit for bit; a tolerance would hide a cap while the logits are still small.
     """
     body, head = model.get_decoder(), model.get_output_embeddings()
     if body is None or body is model or head is None:
@@ -97,6 +98,6 @@ def split_head(model: PreTrainedModel) -> tuple[PreTrainedModel, Callable[[Tenso
     with torch.no_grad():
         logits = model(input_ids=ids, use_cache=False).logits
         split = head(body(input_ids=ids, use_cache=False)[0])
-    if logits.shape != split.shape or not torch.allclose(logits, split, rtol=1e-4, atol=1e-5):
+    if not torch.equal(logits.float(), split.float()):
         return model, lambda states: states
     return body, head

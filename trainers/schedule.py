@@ -12,7 +12,7 @@ def lr_scale(update: int, total: int, *, schedule: str, warmup: float, min_ratio
     """
     if not 0 <= update < total:
         raise ValueError(f"update {update} is outside 0 .. {total - 1}")
-    rising = math.ceil(warmup * total)
+    rising = math.ceil(round(warmup * total, 9))  # 0.07 * 100 is a little more than 7
     if update < rising:
         return (update + 1) / rising
     progress = (update - rising) / max(1, total - rising)

@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ttrl.metrics import MetricSet, require_finite
 from ttrl.model.load import DTYPES, load_model, load_tokenizer
@@ -33,13 +35,9 @@ class TorchTrainer:
         self._dtype = DTYPES[setup.model.dtype]
         shared = not self._settings.gradient_checkpointing
         if self._settings.gradient_checkpointing:
-            self._model.gradient_checkpointing_enable()
-            self._model.train()
-            for module in self._model.modules():
-                if isinstance(module, torch.nn.Dropout):
-                    module.p = 0.0
-        self._scorer = CompletionScorer(self._model, setup.temperature, shared_prefix=shared)
+            _checkpoint_layers(self._model)
         self._trained = setup.parameters.attach(self._model, derive(setup.seed, "adapters"))
+        self._scorer = CompletionScorer(self._model, setup.temperature, shared_prefix=shared)
         self._losses = (setup.objective, *setup.stabilizers)
         self._needs = frozenset().union(*(part.needs for part in self._losses))
         self._reference = self._reference_scorer()
@@ -156,6 +154,7 @@ class TorchTrainer:
         if trained.keys() != self._trained.keys():
             raise ValueError(f"{path}: holds other parameters than this recipe trains")
         load_into(self._trained, iter(trained.items()), Fingerprint())
+        self._optimizer.state.clear()
         for joined, value in load_file(path / "optimizer.safetensors").items():
             name, _, key = joined.rpartition("|")
             state = self._optimizer.state[self._trained[name]]
@@ -168,3 +167,13 @@ class TorchTrainer:
         load_into({name: p.data for name, p in plain.named_parameters()}, self._moved(), Fingerprint())
         plain.to(self._dtype).save_pretrained(path)
         load_tokenizer(self._setup.model.path).save_pretrained(path)  # type: ignore[attr-defined]
+
+
+def _checkpoint_layers(model: PreTrainedModel) -> None:
+    """Recompute layers in the backward pass. They do so in training mode only; nothing may drop out all the same."""
+    model.gradient_checkpointing_enable()
+    for module in model.modules():
+        module.training = isinstance(module, GradientCheckpointingLayer)
+        rates = [name for name, value in vars(module).items() if "dropout" in name and isinstance(value, float)]
+        for name in rates if module.training else ():
+            setattr(module, name, 0.0)

@@ -43,8 +43,11 @@ class CheckpointStore:
         latest = self._folder / f".{LATEST}.part"
         latest.write_text(final.name + "\n", encoding="utf-8")
         os.replace(latest, self._folder / LATEST)
-        for old in self._all()[: -self._keep]:
-            shutil.rmtree(old)
+        held = self._all()
+        end = held.index(final) + 1
+        # Later ones are damaged leftovers of before a resume; counting them would push out what is still good.
+        for other in held[: max(0, end - self._keep)] + held[end:]:
+            shutil.rmtree(other)
         return final
 
     def latest(self) -> tuple[Path, dict[str, Any]]:
@@ -59,7 +62,7 @@ class CheckpointStore:
         )
 
     def _all(self) -> list[Path]:
-        return sorted(self._folder.glob("step-*"))
+        return sorted(self._folder.glob("step-*"), key=lambda folder: (len(folder.name), folder.name))
 
 
 def damage(folder: Path) -> str | None:

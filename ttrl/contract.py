@@ -44,6 +44,8 @@ def check_scored(scored: Scored, group: Group) -> None:
     if bool((scored.train & ~group.trainable).any()):
         raise PluginError("train marks rollouts that were not drawn for training (group.trainable)")
     if scored.token_rewards is not None:
+        if len(scored.token_rewards) != votes:
+            raise PluginError(f"token_rewards has {len(scored.token_rewards)} entries for {votes} rollouts")
         for index, (rewards, rollout) in enumerate(zip(scored.token_rewards, group.rollouts, strict=True)):
             if len(rewards) != len(rollout.token_ids) or not np.isfinite(rewards).all():
                 raise PluginError(f"token_rewards of rollout {index} do not fit its tokens, or are not finite")

@@ -47,6 +47,8 @@ class MetricSet:
             "max": max(old_value, value),
             "min": min(old_value, value),
         }[rule]
+        if math.isnan(old_value) or math.isnan(value):
+            combined = math.nan  # max() and min() keep or lose a NaN depending on the order
         self._parts[name] = (rule, combined, old_weight + weight)
 
     def merge(self, other: MetricSet) -> None:

@@ -31,15 +31,16 @@ def _check_hub(name: str) -> None:
     import urllib.error
     import urllib.request
 
-    from huggingface_hub import constants, hf_hub_url, try_to_load_from_cache
-    from huggingface_hub.utils import build_hf_headers
+    from huggingface_hub import constants, get_token, hf_hub_url, try_to_load_from_cache
 
     if isinstance(try_to_load_from_cache(name, "config.json"), str):
         return
     missing = f"model.path {name!r}: no such folder, and not in the local hub cache"
     if constants.is_offline_mode():
         raise ConfigError(f"{missing} (hub access is switched off by HF_HUB_OFFLINE)")
-    request = urllib.request.Request(hf_hub_url(name, "config.json"), headers=build_hf_headers(), method="HEAD")
+    token = get_token()
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    request = urllib.request.Request(hf_hub_url(name, "config.json"), headers=headers, method="HEAD")
     try:
         urllib.request.urlopen(request, timeout=HUB_TIMEOUT).close()
     except urllib.error.HTTPError as error:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from ttrl.model.load import Tokenizer
 
 ROLES = ("system", "user", "assistant", "tool")
+UTF8 = "utf-8-sig"
+"""With or without the byte order mark that spreadsheets write."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +47,7 @@ def read_prompts(
     """All prompts of a file, `bundled:` file or `hub:` data set, in order.
 
     A row has `prompt` (text, or a list of {role, content} turns) and may have an `id`; without one the id is a hash of the
-    content. Raises ConfigError naming file and line for broken rows, empty prompts, duplicate ids and duplicate contents.
+    content. Raises ConfigError naming file and line for broken rows, empty prompts, and duplicate ids.
     """
     records: list[PromptRecord] = []
     seen: dict[str, str] = {}
@@ -54,7 +56,7 @@ def read_prompts(
         if record.id in seen:
             hint = (
                 ""
-                if id_field in row
+                if row.get(id_field) not in (None, "")
                 else " (rows without an id are identified by their content, so this is the same prompt again)"
             )
             raise ConfigError(f"{where}: duplicate id {record.id!r}, first used at {seen[record.id]}{hint}")
@@ -89,6 +91,8 @@ def read_rows(path: str) -> Iterator[Row]:
         yield from reader(file)
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: is not UTF-8 text") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
 def tokenize(
@@ -121,6 +125,7 @@ def _record(where: str, row: Mapping[str, Any], prompt_field: str, id_field: str
         identifier = hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
     if not isinstance(identifier, str | int) or isinstance(identifier, bool):
         raise ConfigError(f"{where}: the id must be text or a whole number, got {identifier!r}")
+    _check_encodable(where, str(identifier))
     return PromptRecord(id=str(identifier), messages=messages)
 
 
@@ -133,44 +138,53 @@ def _messages(where: str, value: Any) -> tuple[Message, ...]:
         if not isinstance(turn, Mapping) or not isinstance(turn.get("content"), str) or turn.get("role") not in ROLES:
             raise ConfigError(f"{where}: a turn needs a role ({', '.join(ROLES)}) and text as content")
         messages.append(Message(role=turn["role"], content=turn["content"]))
+        _check_encodable(where, turn["content"])
     if not any(message.content.strip() for message in messages):
         raise ConfigError(f"{where}: the prompt is empty")
     return tuple(messages)
 
 
-def _jsonl(file: Path) -> Iterator[Row]:
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield _object(f"{file}:{number}", line)
-
-
-def _object(where: str, text: str) -> Row:
+def _check_encodable(where: str, text: str) -> None:
+    """JSON can spell lone surrogates, which no tokenizer and no UTF-8 file takes."""
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{where}:{error.colno}: not valid JSON: {error.msg}") from None
-    except RecursionError:
-        raise ConfigError(f"{where}: nested too deeply") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{where}: each line must be a JSON object, got {type(value).__name__}")
-    return where, value
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{where}: {text[error.start]!r} is half of a surrogate pair, which is not text") from None
+
+
+def _jsonl(file: Path) -> Iterator[Row]:
+    with file.open(encoding=UTF8) as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            value = _parse(file, number, line.rstrip())
+            if not isinstance(value, dict):
+                raise ConfigError(f"{file}:{number}: each line must be a JSON object, got {type(value).__name__}")
+            yield f"{file}:{number}", value
 
 
 def _json(file: Path) -> Iterator[Row]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{file}:{error.lineno}:{error.colno}: not valid JSON: {error.msg}") from None
-    except RecursionError:
-        raise ConfigError(f"{file}: nested too deeply") from None
+    value = _parse(file, 1, file.read_text(encoding=UTF8))
     if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
         raise ConfigError(f"{file}: must hold a list of objects (one object per line is .jsonl)")
     yield from ((f"{file}[{index}]", row) for index, row in enumerate(value))
 
 
+def _parse(file: Path, line: int, text: str) -> Any:
+    """The JSON value that starts at `line` of the file."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        place = f"{file}:{line + error.lineno - 1}:{error.colno}"
+        raise ConfigError(f"{place}: not valid JSON: {error.msg}") from None
+    except RecursionError:
+        raise ConfigError(f"{file}:{line}: nested too deeply") from None
+    except ValueError:  # Python reads no integers of thousands of digits
+        raise ConfigError(f"{file}:{line}: a number has too many digits") from None
+
+
 def _csv(file: Path) -> Iterator[Row]:
-    with file.open(encoding="utf-8", newline="") as lines:
+    with file.open(encoding=UTF8, newline="") as lines:
         reader = csv.DictReader(lines, strict=True)
         try:
             for row in reader:
@@ -178,7 +192,8 @@ def _csv(file: Path) -> Iterator[Row]:
                     raise ConfigError(f"{file}:{reader.line_num}: the number of columns differs from the header's")
                 yield f"{file}:{reader.line_num}", row
         except csv.Error as error:
-            raise ConfigError(f"{file}:{reader.line_num}: not valid CSV: {error}") from None
+            # DictReader's own line_num stops at the last row that could be read
+            raise ConfigError(f"{file}:{reader.reader.line_num}: not valid CSV: {error}") from None
 
 
 def _parquet(file: Path) -> Iterator[Row]:
@@ -205,7 +220,8 @@ def _hub(name: str) -> Iterator[Row]:
     try:
         data = datasets.load_dataset(repository, split=split or "train")
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise ConfigError(f"hub:{name}: cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+        reason = str(error.__cause__ or error).strip() or type(error).__name__
+        raise ConfigError(f"hub:{name}: cannot be loaded: {reason.splitlines()[0]}") from None
     yield from ((f"hub:{name}[{index}]", row) for index, row in enumerate(data))
 
 

@@ -63,10 +63,11 @@ class RunDir:
         path = self.path / file
         if not path.is_file():
             return
-        for line in path.read_text(encoding="utf-8").splitlines():
+        # Bytes: a torn line may end inside a character, and str.splitlines would also split at U+2028 within model text
+        for line in path.read_bytes().split(b"\n"):
             try:
                 yield json.loads(line)
-            except json.JSONDecodeError:
+            except ValueError:
                 return
 
     def summary(self) -> dict[str, Any]:

@@ -140,7 +140,9 @@ def answer_reader(recipe: Recipe) -> AnswerReader:
     options = recipe.reward.options
     extractor = options.get("extractor", "math")
     try:
-        return AnswerReader(str(extractor), options.get("options") or {})
+        return AnswerReader(
+            str(extractor), options.get("options") or {}, truncated_votes=bool(options.get("truncated_votes", False))
+        )
     except ValueError as error:
         raise ConfigError(f"reward {recipe.reward.use!r}: {error}") from None
 

@@ -63,3 +63,5 @@ def _read(template: str) -> str:
         return Path(template).read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"data.template: {template} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"data.template: {template} is not UTF-8 text") from None

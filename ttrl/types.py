@@ -129,7 +129,7 @@ class Scored:
 
     Example: texts "5", "5", "7", "" ->
         classes [0, 0, 1, -1]   label "5"   share 2/3   margin 1/3   rewards [1, 1, 0, 0]   train [1, 1, 1, 1]
-    A group that abstains has label None and train all False.
+    A group that abstains has train all False; one without a label has label None.
     """
 
     group: Group

@@ -115,7 +115,9 @@ def main() -> None:
             if repeat:  # the first round warms up
                 speeds[name].append(tokens / (time.perf_counter() - start))
     ratios = [a / b for a, b in zip(speeds["ttrl"], speeds["generate"], strict=True)]
-    print(f"{arguments.model}: {arguments.prompts} groups of {arguments.votes}, {arguments.prompt_tokens} prompt tokens,")
+    print(
+        f"{arguments.model}: {arguments.prompts} groups of {arguments.votes}, {arguments.prompt_tokens} prompt tokens,"
+    )
     print(f"at most {arguments.new_tokens} new tokens, {arguments.threads} threads, {arguments.repeats} repeats")
     for name, values in speeds.items():
         print(f"  {name:<9} {statistics.median(values):9.0f} tokens/s  (min {min(values):.0f}, max {max(values):.0f})")

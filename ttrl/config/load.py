@@ -24,6 +24,12 @@ BUNDLED = "bundled:"
 _FILE_KEYS: tuple[KeyPath, ...] = (
     ("data", "prompts"), ("eval", "labels"), ("eval", "heldout", "prompts"), ("eval", "heldout", "labels"),
 )  # fmt: skip
+_PLUG_KEYS = frozenset(
+    (
+        "use", "source", "sampler", "engine", "reward", "gates", "objective", "advantage", "loss", "stabilizers", "backend",
+        "parameters",
+    )
+)  # fmt: skip
 
 
 def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -100,15 +106,14 @@ def _absolute_template(tree: Tree) -> None:
 
 
 def _absolute_plugs(node: Any, path: KeyPath, tree: Tree) -> None:
-    """`./file.py:Name` is relative to the recipe that states it."""
-    if isinstance(node, list):
-        for index, item in enumerate(node):
-            _absolute_plugs(item, (*path, index), tree)
-    elif isinstance(node, dict):
-        use = node.get("use")
-        if isinstance(use, str) and ".py:" in use and not Path(use).is_absolute():
-            place = tree.place((*path, "use"))
-            assert place is not None
-            node["use"] = str((place.folder / use).resolve())
-        for key, value in node.items():
-            _absolute_plugs(value, (*path, key), tree)
+    """`./file.py:Name` is relative to the recipe that states it, as `use:` and as a bare name."""
+    for key, value in enumerate(node) if isinstance(node, list) else node.items() if isinstance(node, dict) else ():
+        inner = (*path, key)
+        slot = key if isinstance(key, str) else path[-1]
+        if isinstance(value, str):
+            if slot in _PLUG_KEYS and ".py:" in value and not Path(value).is_absolute():
+                place = tree.place(inner)
+                assert place is not None
+                node[key] = str((place.folder / value).resolve())
+        else:
+            _absolute_plugs(value, inner, tree)

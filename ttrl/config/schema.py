@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, Strict, field_validator, model_validator
 
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+# Strict: `true` is not 1 and "16" is not 16
+Positive = Annotated[int, Strict(), Field(ge=1)]
+NonNegative = Annotated[int, Strict(), Field(ge=0)]
+Fraction = Annotated[float, Strict(), Field(ge=0.0, le=1.0)]
 
 
 class Section(BaseModel):
@@ -67,15 +68,17 @@ class RolloutSection(Section):
 
     engine: Plug = _plug("hf")
     sampler: Plug = _plug("flat")
-    votes_per_prompt: Annotated[int, Field(ge=2)] = Field(16, description="rollouts that vote on the pseudo-label")
-    train_per_prompt: Annotated[int, Field(ge=2)] | None = Field(
+    votes_per_prompt: Annotated[int, Strict(), Field(ge=2)] = Field(
+        16, description="rollouts that vote on the pseudo-label"
+    )
+    train_per_prompt: Annotated[int, Strict(), Field(ge=2)] | None = Field(
         None, description="rollouts of the group that are trained on, drawn by seed; default: all"
     )
     max_new_tokens: Positive = 256
-    temperature: Annotated[float, Field(gt=0.0, le=10.0)] = 1.0
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    temperature: Annotated[float, Strict(), Field(gt=0.0, le=10.0)] = 1.0
+    top_p: Annotated[float, Strict(), Field(gt=0.0, le=1.0)] = 1.0
     top_k: NonNegative = 0
-    min_p: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    min_p: Annotated[float, Strict(), Field(ge=0.0, lt=1.0)] = 0.0
     allow_truncated_sampling: bool = Field(
         False, description="accept top_p, top_k or min_p in training although they bias the ratio"
     )
@@ -106,13 +109,13 @@ class TrainerSection(Section):
 
     backend: Plug = _plug("torch")
     parameters: Plug = _plug("full")
-    lr: Annotated[float, Field(gt=0.0)] = Field(1e-6, description="peak learning rate")
+    lr: Annotated[float, Strict(), Field(gt=0.0)] = Field(1e-6, description="peak learning rate")
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: Fraction = Field(0.03, description="share of all updates with a rising learning rate")
     min_lr_ratio: Fraction = Field(0.0, description="last learning rate divided by the peak")
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    weight_decay: Annotated[float, Strict(), Field(ge=0.0)] = 0.0
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    grad_clip: Annotated[float, Field(gt=0.0)] = 1.0
+    grad_clip: Annotated[float, Strict(), Field(gt=0.0)] = 1.0
     tokens_per_microbatch: Positive = 8192
     updates_per_step: Positive = Field(
         1, description="optimizer updates made from the groups of one step, each on its own share"
@@ -135,9 +138,9 @@ class EvalSection(Section):
     )
     heldout: PromptSet | None = None
     every: NonNegative = Field(0, description="steps between evaluations; 0: before and after only")
-    samples: Annotated[int, Field(ge=1)] = 16
-    temperature: Annotated[float, Field(ge=0.0, le=10.0)] = 1.0
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    samples: Annotated[int, Strict(), Field(ge=1)] = 16
+    temperature: Annotated[float, Strict(), Field(ge=0.0, le=10.0)] = 1.0
+    top_p: Annotated[float, Strict(), Field(gt=0.0, le=1.0)] = 1.0
     max_new_tokens: Positive | None = Field(None, description="default: rollout.max_new_tokens")
     k: tuple[Positive, ...] = (1, 8, 16)
     limit: Positive | None = Field(None, description="evaluate only the first N prompts")

@@ -16,6 +16,8 @@ from ttrl.errors import ConfigError
 KeyPath = tuple[str | int, ...]
 MAX_EXTENDS = 10
 MAX_RECIPE_BYTES = 1_000_000
+MAX_RECIPE_KEYS = 100_000
+"""Bounds what aliases may unfold to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,14 +74,21 @@ def read_tree(file: Path) -> Tree:
         raise ConfigError(f"{where}: {problem}") from None
     except YAMLError as error:
         raise ConfigError(f"{file}: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{file}: nested too deeply") from None
     if not isinstance(node, CommentedMap):
         raise ConfigError(f"{file}:1:1: a recipe is a mapping of keys to values")
     tree = Tree(places={(): Place(file, 1, 1)})
-    tree.data = _plain(node, (), file, tree.places)
+    try:
+        tree.data = _plain(node, (), file, tree.places)
+    except RecursionError:
+        raise ConfigError(f"{file}: nested too deeply") from None
     return tree
 
 
 def _plain(node: Any, path: KeyPath, file: Path, places: dict[KeyPath, Place]) -> Any:
+    if len(places) > MAX_RECIPE_KEYS:
+        raise ConfigError(f"{file}: more than {MAX_RECIPE_KEYS} keys; this is not a recipe")
     if isinstance(node, CommentedMap):
         result: dict[str, Any] = {}
         for key, value in node.items():
@@ -115,7 +124,7 @@ def parse_override(text: str) -> Tree:
         )
     try:
         parsed = YAML(typ="safe", pure=True).load(value)
-    except YAMLError:
+    except (YAMLError, RecursionError):
         raise ConfigError(f"command line: the value of {text!r} is not valid YAML") from None
     tree = Tree()
     keys = key.split(".")

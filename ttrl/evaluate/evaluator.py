@@ -139,7 +139,8 @@ class Evaluator:
         decision = decide(numbered, min_votes=1)
         right = None
         if self._labels is not None:
-            right = next((form for form in forms if self._reader.same(form, self._labels[prompt.id])), None)
+            label = self._reader.form(self._labels[prompt.id])
+            right = label if label in forms else None
         counts = {form: numbered.count(c) for c, form in enumerate(forms)}
         return PromptResult(
             id=prompt.id,

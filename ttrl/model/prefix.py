@@ -205,6 +205,10 @@ def enable_shared_prefix(model: PreTrainedModel) -> bool:
     Tried on a few tokens, not guessed from the model's name. True: the model now uses it, for plain causal batches too (right
     padding only: no padding mask is built). False: nothing was changed and `ExpandedPrefix` must be used.
     """
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - {"full_attention"}
+    if kinds:  # a few tokens fit into every window, so trying would not show the difference
+        log.warning("%s: no shared prefix (layers with %s)", type(model).__name__, ", ".join(sorted(kinds)))
+        return False
     before = model.config._attn_implementation
     ids = torch.arange(1, 8, device=model.device) % model.config.get_text_config().vocab_size
     prompt, rows = ids[:4], torch.stack([ids[4:], ids[4:].flip(0)])

@@ -1,0 +1,46 @@
+"""Fixtures for every test. torch is imported only by tests that need it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# Before torch is imported: the models here are tiny, and threads cost more than they give
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# The same examples in every run, and no clock: a busy machine must not fail a test
+settings.register_profile("ttrl", derandomize=True, deadline=None)
+settings.load_profile("ttrl")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def single_thread() -> None:
+    """One torch thread, where torch was imported at all."""
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_num_threads(1)
+
+
+@pytest.fixture
+def torch_seed() -> Iterator[None]:
+    """torch's global generator at a fixed point, and put back afterwards."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer Llama (grouped-query attention, width 32) with a character tokenizer, as a transformers folder."""
+    from helpers_torch import save_tiny_model
+
+    return save_tiny_model(tmp_path_factory.mktemp("tiny-llama"))

@@ -1,0 +1,109 @@
+"""The report in a real browser: it opens offline, runs no script, and shows hostile text as text."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from ttrl.report import write_report
+from ttrl.rundir import RunDir
+
+ATTACK = '<script>document.title="owned"</script><img src=x onerror="document.title=\'owned\'">{{ 7*7 }}'
+RECIPE = """\
+name: report-test
+description: a <b>bold</b> claim
+steps: 2
+model: {path: "bundled:tiny-adder"}
+data: {prompts: /data/prompts.jsonl}
+eval: {labels: /data/labels.jsonl, heldout: {prompts: /data/heldout.jsonl}}
+"""
+
+
+def estimate(value: float) -> dict:
+    return {"value": value, "low": value - 0.05, "high": value + 0.05}
+
+
+def side(correct: int) -> dict:
+    return {"correct": correct, "samples": 16, "majority": ATTACK, "share": 0.5, "majority_correct": correct > 8,
+            "no_answer": 0, "answers": {"5": 16}}  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path) -> RunDir:
+    directory = RunDir.create(tmp_path / "run")
+    directory.write("recipe.yaml", RECIPE)
+    for step in range(2):
+        directory.append("metrics.jsonl", {
+            "step": step, "reward/mean": 0.5 + step / 10, "reward/majority_share": 0.5, "reward/answered": 1.0,
+            "rollout/tokens": 100, "rollout/length": 10.0, "time/step": 1.0, "dropped/abstained": 1,
+            "reward/share_histogram": [0, 0, 0, 0, 0, 2, 1, 0, 0, 1],
+        })  # fmt: skip
+    for step in (0, 2):
+        values = {"pass@1": estimate(0.4 + step / 10), "maj@16": estimate(0.8)}
+        directory.append("eval.jsonl", {"step": step, "split": "adapted", "protocol": {}, **values})
+    rollout = {"text": ATTACK, "answer": ATTACK, "class": 0, "reward": 1.0, "trained": True, "finish": "stop",
+               "tokens": 10, "mean_logprob": -0.1}  # fmt: skip
+    directory.append("groups.jsonl", {"step": 0, "prompt_id": ATTACK, "prompt": ATTACK, "label": ATTACK, "share": 1.0,
+                                      "margin": 1.0, "trace": [ATTACK], "rollouts": [rollout]})  # fmt: skip
+    entries = [{"id": ATTACK, "verdict": "corrupted", "p_value": 0.01, "before": side(14), "after": side(2)}]
+    directory.write_lines("ledger.jsonl", entries)
+    initial = {"pass@1": estimate(0.4), "maj@16": estimate(0.8), "majority_share": estimate(0.5)}
+    final = {"pass@1": estimate(0.6), "maj@16": estimate(0.7), "majority_share": estimate(0.7)}
+    directory.write_json("summary.json", {
+        "status": "completed", "reason": "", "name": "report-test", "steps": 2, "initial": initial, "final": final,
+        "change": {"pass@1": {"value": 0.2, "low": 0.1, "high": 0.3}, "maj@16": {"value": -0.1, "low": -0.2, "high": -0.05}},
+        "ledger": {"learned": 0, "sharpened": 0, "corrupted": 1, "unchanged": 0}, "heldout": None,
+        "tokens": {"rollout": 200, "train": 100}, "seconds": 3.0, "peak_memory_mb": 500,
+    })  # fmt: skip
+    return directory
+
+
+def test_the_page_refers_to_nothing_outside_itself(run):
+    html = write_report(run).read_text()
+    outside = [u for u in re.findall(r"""(?:src|href|action)\s*=\s*["']([^"'#]+)""", html) if not u.startswith("data:")]
+    assert outside == []
+    assert "@import" not in html
+    assert "<script" not in html
+    assert "{{ 7*7 }}" in html  # shown, not evaluated
+    assert "bold&lt;/b&gt; claim" in html
+
+
+def test_changes_are_marked_only_when_the_interval_excludes_zero(run):
+    html = write_report(run).read_text()
+    assert re.search(r'class="num better">\+0\.200', html)
+    assert re.search(r'class="num worse">-0\.100', html)
+
+
+def test_an_unfinished_run_has_a_report_too(run):
+    (run.path / "summary.json").unlink()
+    assert "unfinished" in write_report(run).read_text()
+
+
+@pytest.fixture(scope="module")
+def browser() -> str:
+    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if found is None:
+        pytest.skip("no Chromium on this machine")
+    return found
+
+
+def dump(browser: str, page: Path, profile: Path) -> str:
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+             "--disable-background-networking", "--disable-component-update", f"--user-data-dir={profile}"]  # fmt: skip
+    result = subprocess.run([browser, *flags, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_chromium_shows_the_report_and_no_model_text_runs(run, browser, tmp_path):
+    dom = dump(browser, write_report(run), tmp_path / "profile")
+    assert "<title>report-test - ttrl report</title>" in dom  # a script would have changed it
+    assert "owned" in dom  # the text itself is there to read
+    assert dom.count("<svg") >= 3
+    assert "corrupted" in dom
+    assert json.loads((run.path / "summary.json").read_text())["status"] in dom
