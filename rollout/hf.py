@@ -91,6 +91,8 @@ class HFEngine:
     def _rollouts(
         self, requests: Sequence[Request], tokens: Tensor, logprobs: Tensor, entropy: Tensor | None, lengths: Tensor
     ) -> list[Rollout]:
+        if not bool(torch.isfinite(logprobs).all()):
+            raise EngineError("the model gave log-probs that are not finite: its weights, or its dtype, are broken")
         eos = set(self._eos.tolist())
         rollouts = []
         for row, request in enumerate(requests):

@@ -393,3 +393,12 @@ def test_a_sync_that_did_not_arrive_is_an_error(reported: WeightStamp) -> None:
     stub.fingerprint, stub.reported = "b", reported
     with pytest.raises(EngineError, match="after a sync to version 1 the engine reports"):
         pool.sync(1, source(1, {}), must_move=False)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_broken_weights_are_an_error_not_a_rollout(tiny_model_dir: Path, temperature: float) -> None:
+    broken = engine(tiny_model_dir)
+    name, weight = next(iter(broken._parameters().items()))
+    broken.load_weights(1, source(1, {name: torch.full_like(weight, float("nan"))}))
+    with pytest.raises(EngineError, match="not finite"):
+        broken.generate(requests(spec=SamplingSpec(max_new_tokens=4, temperature=temperature)))

@@ -31,6 +31,8 @@ from transformers import (
     AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     PreTrainedModel,
@@ -584,3 +586,10 @@ def test_dual_clip_of_the_recipe_reaches_the_loss(tiny_model_dir: Path) -> None:
     free = made(tiny_model_dir).step(0, one_update(items))
     held = made(tiny_model_dir, objective=GRPO(dual_clip=1.3)).step(0, one_update(items))
     assert held.metrics["train/loss"] < free.metrics["train/loss"] - 1e-3
+
+
+def test_adapting_a_tied_output_layer_is_refused_before_training(tmp_path: Path) -> None:
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                                         num_attention_heads=2, tie_word_embeddings=True))  # fmt: skip
+    with pytest.raises(ConfigError, match="lm_head"):
+        LoRA(rank=2, alpha=2, targets=["q_proj", "lm_head"]).attach(model, 0)

@@ -25,14 +25,8 @@ class TrainerSetup:
     check_stop: StopCheck
 
 
-def torch(setup: TrainerSetup, *, threads: int | None = None) -> Trainer:
-    """One process, one device: CPU or one GPU. threads: torch's CPU threads (default: torch's own choice)."""
-    import torch as _torch
-
+def torch(setup: TrainerSetup) -> Trainer:
+    """One process, one device: CPU or one GPU."""
     from ttrl.trainers.torch_backend import TorchTrainer
 
-    if threads is not None:
-        if threads < 1:
-            raise ValueError(f"threads must be at least 1, got {threads}")
-        _torch.set_num_threads(threads)
     return TorchTrainer(setup)

@@ -56,7 +56,9 @@ class LoRA:
     def attach(self, model: PreTrainedModel, seed: int) -> dict[str, Tensor]:
         import torch
         from peft import LoraConfig, get_peft_model
+        from peft.tuners.lora import LoraLayer
 
+        plain = {name for name, _ in model.named_parameters()}
         config = LoraConfig(
             r=self._rank,
             lora_alpha=self._alpha,
@@ -73,6 +75,10 @@ class LoRA:
                 raise ConfigError(
                     f"trainer.parameters lora: targets {self._targets!r} do not fit this model: {error}"
                 ) from error
+        # A tensor that is tied to another has no name of its own, so an engine could not be sent the adapted one
+        tied = [n for n, m in model.named_modules() if isinstance(m, LoraLayer) and f"{n}.weight" not in plain]
+        if tied:
+            raise ConfigError(f"trainer.parameters lora: {', '.join(tied)} shares its weights and cannot be adapted alone")
         return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
     def moved(self, model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:

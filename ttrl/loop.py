@@ -23,7 +23,7 @@ def train(parts: Parts, journal: Journal, progress: Progress) -> None:
     """Run the remaining steps; `progress` says where to start and is moved along.
 
     Raises StopRequested (user), GuardStop (nothing left to train on), EngineError, FloatingPointError, and what plug-ins raise.
-    Whatever is raised, weights and `progress` are those after the last completed step.
+    After a stop, weights and `progress` are those of the last completed step; after a failure only checkpoints are.
     """
     recipe = parts.recipe
     if not progress.evaluations:

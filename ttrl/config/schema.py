@@ -43,6 +43,7 @@ class ModelSection(Section):
 
     path: str = Field(min_length=1, description="folder, hub name (org/name) or bundled:NAME")
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    threads: Positive | None = Field(None, description="CPU threads of torch; tiny models are fastest with 1")
     device: Annotated[
         str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto takes a GPU when there is one")
     ] = "auto"

@@ -59,6 +59,8 @@ def load_model(section: ModelSection) -> PreTrainedModel:
     """The model in eval mode on its device. Raises ConfigError when it cannot be loaded."""
     transformers.utils.logging.disable_progress_bar()
     device = pick_device(section.device)
+    if section.threads is not None:
+        torch.set_num_threads(section.threads)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             resolve_path(section.path), dtype=DTYPES[section.dtype], attn_implementation="sdpa", use_safetensors=True

@@ -36,6 +36,7 @@ def draw(logits: Tensor, uniform: Tensor, spec: SamplingSpec) -> Draw:
         # Double precision: with 24-bit uniforms the target stays strictly below the total, so a token of probability 0 is never hit
         mass = (truncated(probs, spec) if spec.is_truncated else probs).double().cumsum(dim=-1)
         tokens = torch.searchsorted(mass, (uniform * mass[:, -1])[:, None], right=True)[:, 0]
+        tokens = tokens.clamp_max(logits.shape[1] - 1)  # only NaN logits get there; their log-prob tells
     entropy = -(probs * logprobs.clamp_min(-1e4)).sum(dim=-1) if spec.entropy else None
     return Draw(tokens, logprobs.gather(1, tokens[:, None])[:, 0], entropy)
 
