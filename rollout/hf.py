@@ -27,6 +27,8 @@ from ttrl.types import Finish, Health, Request, Rollout, WeightStamp
 class HFEngine:
     """Owns a copy of the model. Not thread-safe; one engine per process or device."""
 
+    has_weights = True
+
     def __init__(self, model: ModelSection, check_stop: StopCheck, *, rows_at_once: int, shared_prefix: bool) -> None:
         self.tokenizer = load_tokenizer(model.path)
         self._model = load_model(model)
@@ -55,7 +57,8 @@ class HFEngine:
         """Decode one context for R requests; arrays [R, max_new_tokens] are filled column by column."""
         first, spec = requests[0], requests[0].spec
         context = np.concatenate([first.prompt.token_ids, first.prefix])
-        limit = self._limit(len(context), spec.max_new_tokens)
+        limit = spec.max_new_tokens
+        self._check_room(len(context), limit)
         noise = np.stack([uniforms(r.seed, len(r.prefix) + limit)[len(r.prefix) :] for r in requests])
         uniform = torch.from_numpy(noise).to(self._device)
         prefix = SharedPrefix(self._model) if self._shared else ExpandedPrefix(self._model)
@@ -113,17 +116,18 @@ class HFEngine:
             )
         return rollouts
 
-    def _limit(self, context: int, wanted: int) -> int:
-        """New tokens that fit the model's positions. Raises EngineError when the context alone does not."""
-        positions = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
-        if positions is None:
-            return wanted
-        if context >= positions:
+    @property
+    def max_positions(self) -> int | None:
+        """Longest prompt plus completion, if the model has a limit."""
+        found: int | None = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        return found
+
+    def _check_room(self, context: int, wanted: int) -> None:
+        """Raises EngineError when prompt and completion do not fit; nothing is shortened silently."""
+        if self.max_positions is not None and context + wanted > self.max_positions:
             raise EngineError(
-                f"a prompt of {context} tokens leaves no room in a model of {positions} positions; "
-                "shorten the prompts (data.max_prompt_tokens finds them) or take another model"
+                f"{context} context tokens and {wanted} new ones do not fit into a model of {self.max_positions} positions"
             )
-        return int(min(wanted, positions - context))
 
     def _parameters(self) -> dict[str, Tensor]:
         return {name: parameter.data for name, parameter in self._model.named_parameters()}

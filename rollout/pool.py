@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from ttrl.errors import EngineError
 from ttrl.protocols import Engine, WeightSource
@@ -15,6 +16,18 @@ class LocalPool:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._expected = engine.ping().weights
+
+    @property
+    def has_weights(self) -> bool:
+        """False for engines that only play a script."""
+        return self._engine.has_weights
+
+    @contextmanager
+    def released(self) -> Iterator[None]:
+        """The engine leaves the accelerator to the trainer."""
+        self._engine.release()
+        yield
+        self._engine.restore()
 
     def generate(self, requests: Sequence[Request]) -> list[Rollout]:
         """One rollout per request, in order. Raises EngineError for missing, foreign or stale rollouts."""

@@ -42,8 +42,11 @@ class Script:
 class ScriptedEngine:
     """Same seeds, same completions, as with a real engine. The log-prob of the whole text stands on its first token."""
 
+    has_weights = False
+
     def __init__(self, script: Script, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
+        self.max_positions: int | None = None
         self._script = script
         self._stamp = WeightStamp(version=0, fingerprint="scripted")
 

@@ -186,8 +186,7 @@ sed: 1
     file = write(tmp_path, text)
     assert message(file, "trainer.lr=-1", "chekpoint.keep=1").split("\n") == [
         f"{file}:2:1: steps: should be greater than or equal to 1, got -1",
-        f"{file}:3:18: model.dtype: 'float23' is not one of 'float32', 'bfloat16' or 'float16'."
-        " Did you mean 'float32'?",
+        f"{file}:3:18: model.dtype: 'float23' is not one of 'float32' or 'bfloat16'. Did you mean 'float32'?",
         f"{file}:6:3: data.promts_per_step: unknown key. Did you mean 'prompts_per_step'?",
         f"{file}:7:11: rollout.temperature: should be a valid number, got 'hot'",
         f"{file}:8:1: sed: unknown key. Did you mean 'seed'?",

@@ -73,7 +73,7 @@ def test_scores_and_gradients_equal_rows_scored_alone(name: str, shared: bool) -
     batch = three_groups()
     plain, model = ALL[name]().double(), ALL[name]().double()
     logprobs, entropy = plain_scores(plain, batch, TEMPERATURE)
-    scores = CompletionScorer(model, TEMPERATURE, shared_prefix=shared)(batch)
+    scores = CompletionScorer(model, TEMPERATURE, shared_prefix=shared, entropy_grad=True)(batch)
     close(scores.logprobs.detach(), logprobs.detach())
     close(scores.entropy.detach(), entropy.detach())
 
@@ -124,7 +124,7 @@ def test_a_head_in_chunks_equals_the_head_in_one_piece(
 
     def run() -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         model = tiny_llama()
-        scores = CompletionScorer(model, TEMPERATURE, shared_prefix=shared)(batch)
+        scores = CompletionScorer(model, TEMPERATURE, shared_prefix=shared, entropy_grad=True)(batch)
         (scores.logprobs * weight + scores.entropy * weight.flip(0)).sum().backward()
         return scores.logprobs.detach(), scores.entropy.detach(), gradients(model)
 
@@ -154,7 +154,7 @@ def test_the_temperature_is_that_of_the_sampler() -> None:
     batch, model = three_groups(), tiny_llama()
     for temperature in (0.5, 1.0, 2.0):
         with torch.no_grad():
-            ours = CompletionScorer(model, temperature)(batch)
+            ours = CompletionScorer(model, temperature, entropy_grad=True)(batch)
             logprobs, entropy = plain_scores(model, batch, temperature)
         close(ours.logprobs, logprobs)
         close(ours.entropy, entropy)
@@ -162,7 +162,7 @@ def test_the_temperature_is_that_of_the_sampler() -> None:
 
 def test_one_long_row_does_not_change_the_scores_of_short_ones() -> None:
     model = tiny_llama()
-    scorer = CompletionScorer(model, 1.0)
+    scorer = CompletionScorer(model, 1.0, entropy_grad=True)
     with torch.no_grad():
         alone = scorer(batch_of([([5, 6, 7], [[3, 4]])])).logprobs
         beside = scorer(batch_of([([5, 6, 7], [list(range(3, 30)), [3, 4]])])).logprobs

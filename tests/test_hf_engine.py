@@ -203,18 +203,18 @@ def test_a_group_may_end_at_its_first_token(tmp_path: Path) -> None:
     assert all(r.finish is Finish.STOP and r.text == "" for r in rollouts)
 
 
-def test_new_tokens_end_where_the_positions_of_the_model_end(shared: HFEngine) -> None:
-    spec = replace(SPEC, max_new_tokens=50, temperature=1.0)
+def test_prompt_and_completion_may_fill_the_positions_exactly(shared: HFEngine) -> None:
+    spec = replace(SPEC, max_new_tokens=3, temperature=1.0)
     rollouts = shared.generate([request(prompt("long", POSITIONS - 3), i, spec) for i in range(8)])
     assert max(len(r.token_ids) for r in rollouts) == 3
-    assert all(r.finish is Finish.LENGTH for r in rollouts if r.token_ids[-1] != EOS)
 
 
-def test_a_context_without_room_is_an_error_that_names_the_sizes(shared: HFEngine) -> None:
-    with pytest.raises(EngineError, match=rf"{POSITIONS} tokens .* {POSITIONS} positions"):
-        shared.generate([request(prompt("long", POSITIONS), 0, SPEC)])
-    short = request(prompt("long", POSITIONS - 2), 0, SPEC, prefix=np.array([5, 6], np.int32))
-    with pytest.raises(EngineError, match="no room"):
+def test_what_does_not_fit_is_an_error_that_names_the_sizes(shared: HFEngine) -> None:
+    spec = replace(SPEC, max_new_tokens=3)
+    with pytest.raises(EngineError, match=rf"{POSITIONS - 2} context tokens and 3 new .* {POSITIONS} positions"):
+        shared.generate([request(prompt("long", POSITIONS - 2), 0, spec)])
+    short = request(prompt("long", POSITIONS - 4), 0, spec, prefix=np.array([5, 6], np.int32))
+    with pytest.raises(EngineError, match="do not fit"):
         shared.generate([short])
 
 

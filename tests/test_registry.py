@@ -12,7 +12,7 @@ from ttrl import registry
 from ttrl.config import Plug
 from ttrl.errors import ConfigError
 from ttrl.gates import VoteShare
-from ttrl.registry import BUILT_IN, build, check, names, provenance, resolve
+from ttrl.registry import BUILT_IN, build, check, names, resolve
 from ttrl.rewards.majority import MajorityVote
 
 PLUGIN = """
@@ -154,13 +154,3 @@ def test_an_error_of_the_plugin_about_its_options_becomes_a_config_error(tmp_pat
     file = plugin_file(tmp_path)
     with pytest.raises(ConfigError, match="low must not be negative"):
         build("gate", plug(f"{file}:gate", low=-1), "x")
-
-
-def test_provenance_pins_the_content_of_a_plugin_file(tmp_path: Path) -> None:
-    file = plugin_file(tmp_path, "X = 1\n")
-    before = provenance(f"{file}:X")
-    assert before.startswith(f"{file}:X (sha256 ") and len(before) == len(f"{file}:X (sha256 )") + 16
-    plugin_file(tmp_path, "X = 2\n")
-    assert provenance(f"{file}:X") != before
-    assert provenance("majority_vote") == "majority_vote"
-    assert provenance("ttrl.gates:VoteShare") == "ttrl.gates:VoteShare"

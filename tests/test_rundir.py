@@ -109,9 +109,8 @@ def test_cutting_back_removes_a_torn_line_for_good(run: RunDir) -> None:
 
 def test_a_folder_that_holds_a_run_is_not_taken_again(tmp_path: Path) -> None:
     run = RunDir.create(tmp_path)
-    RunDir.create(tmp_path)  # nothing was written yet
     run.write(RECIPE, "name: x")
-    with pytest.raises(ConfigError, match="already holds a run; continue it with --resume"):
+    with pytest.raises(ConfigError, match=r"already holds a run.*--resume"):
         RunDir.create(tmp_path)
     assert RunDir.existing(tmp_path).path == tmp_path
 
@@ -128,3 +127,18 @@ def test_a_folder_without_a_run_cannot_be_resumed_or_read(tmp_path: Path) -> Non
     (tmp_path / METRICS).write_text("{}")
     with pytest.raises(ConfigError, match="holds no run"):
         RunDir.existing(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model", "report.html", "metrics.jsonl"])
+def test_nothing_of_the_user_is_overwritten(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(ConfigError, match=f"would overwrite .*{name}"):
+        RunDir.create(tmp_path)
+
+
+def test_a_folder_is_held_by_one_run_at_a_time(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path)
+    with run.locked(), pytest.raises(ConfigError, match="another process"), RunDir(tmp_path).locked():
+        pass
+    with run.locked():
+        pass

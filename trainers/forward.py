@@ -34,10 +34,13 @@ class TokenScores:
 class CompletionScorer:
     """Scores batches under one model at one temperature."""
 
-    def __init__(self, model: PreTrainedModel, temperature: float, *, shared_prefix: bool = True) -> None:
+    def __init__(
+        self, model: PreTrainedModel, temperature: float, *, shared_prefix: bool = True, entropy_grad: bool = False
+    ) -> None:
         self._model = model
         self._temperature = temperature
-        self._shared = shared_prefix and enable_shared_prefix(model)
+        self.shared_prefix = shared_prefix and enable_shared_prefix(model)
+        self._entropy_grad = entropy_grad
         self._body, self._head = split_head(model)
         self._vocabulary = int(model.config.get_text_config().vocab_size)
 
@@ -60,7 +63,7 @@ class CompletionScorer:
         padded = torch.zeros((rows, longest), dtype=torch.long, device=ids.device)
         padded[inside] = ids
         # The state before a token predicts it: the prompt's last state predicts token 0, and the last token predicts nothing here
-        if self._shared:
+        if self.shared_prefix:
             shared = SharedPrefix(self._body)
             first = shared.prefill(prompt)[0][:, -1:].expand(rows, -1, -1)
             states = torch.cat([first, shared.suffix(padded[:, :-1])[0]], dim=1) if longest > 1 else first
@@ -81,7 +84,8 @@ class CompletionScorer:
 
     def _chunk(self, states: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         logprobs = torch.log_softmax(scaled(self._head(states), self._temperature), dim=-1)
-        entropy = -(logprobs.exp() * logprobs.clamp_min(-1e4)).sum(dim=-1)
+        held = logprobs if self._entropy_grad else logprobs.detach()  # its gradient would keep two more [N, V] tensors
+        entropy = -(held.exp() * held.clamp_min(-1e4)).sum(dim=-1)
         return logprobs.gather(1, ids[:, None])[:, 0], entropy
 
 

@@ -10,9 +10,15 @@ from ttrl.types import PackedBatch, Sample, Segment
 
 
 def pack(
-    samples: Sequence[Sample], tokens_per_microbatch: int, tokens_in_step: float | None = None
+    samples: Sequence[Sample],
+    tokens_per_microbatch: int,
+    tokens_in_step: float | None = None,
+    *,
+    shared_prompt: bool = True,
 ) -> list[PackedBatch]:
-    """Micro-batches that hold at most `tokens_per_microbatch` computed tokens (prompt + rows x longest completion).
+    """Micro-batches that hold at most `tokens_per_microbatch` computed tokens.
+
+    A segment costs prompt + rows x longest completion; with `shared_prompt` false, rows x (prompt + longest completion).
 
     A group that is too large is split, its prompt computed once per part; one sample larger than the budget is a micro-batch of
     its own. Rows are sorted by length, so padding stays small. The denominator is the weight of all samples, unless given.
@@ -21,8 +27,8 @@ def pack(
         tokens_in_step = float(sum(float(sample.weights.sum()) for sample in samples))
     batches: list[list[list[Sample]]] = []
     room = 0
-    for rows in _segments(samples, tokens_per_microbatch):
-        cost = _cost(rows)
+    for rows in _segments(samples, tokens_per_microbatch, shared_prompt):
+        cost = _cost(rows, shared_prompt)
         if not batches or cost > room:
             batches.append([])
             room = tokens_per_microbatch
@@ -41,7 +47,7 @@ def split_updates(samples: Sequence[Sample], updates: int) -> list[list[Sample]]
     return [[sample for index in part for sample in members[index]] for part in parts if len(part)]
 
 
-def _segments(samples: Sequence[Sample], budget: int) -> list[list[Sample]]:
+def _segments(samples: Sequence[Sample], budget: int, shared_prompt: bool) -> list[list[Sample]]:
     groups: dict[str, list[Sample]] = {}
     for sample in samples:
         groups.setdefault(sample.group, []).append(sample)
@@ -49,7 +55,7 @@ def _segments(samples: Sequence[Sample], budget: int) -> list[list[Sample]]:
     for rows in groups.values():
         current: list[Sample] = []
         for sample in sorted(rows, key=lambda s: -len(s.completion_ids)):
-            if current and _cost([*current, sample]) > budget:
+            if current and _cost([*current, sample], shared_prompt) > budget:
                 segments.append(current)
                 current = []
             current.append(sample)
@@ -57,8 +63,9 @@ def _segments(samples: Sequence[Sample], budget: int) -> list[list[Sample]]:
     return segments
 
 
-def _cost(rows: Sequence[Sample]) -> int:
-    return len(rows[0].prompt_ids) + len(rows) * max(len(row.completion_ids) for row in rows)
+def _cost(rows: Sequence[Sample], shared_prompt: bool) -> int:
+    prompts = 1 if shared_prompt else len(rows)
+    return prompts * len(rows[0].prompt_ids) + len(rows) * max(len(row.completion_ids) for row in rows)
 
 
 def _batch(segments: Sequence[Sequence[Sample]], tokens_in_step: float) -> PackedBatch:

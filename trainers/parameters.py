@@ -78,7 +78,9 @@ class LoRA:
         # A tensor that is tied to another has no name of its own, so an engine could not be sent the adapted one
         tied = [n for n, m in model.named_modules() if isinstance(m, LoraLayer) and f"{n}.weight" not in plain]
         if tied:
-            raise ConfigError(f"trainer.parameters lora: {', '.join(tied)} shares its weights and cannot be adapted alone")
+            raise ConfigError(
+                f"trainer.parameters lora: {', '.join(tied)} shares its weights and cannot be adapted alone"
+            )
         return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
     def moved(self, model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:

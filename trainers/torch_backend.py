@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ttrl.contract import Blame
 from ttrl.metrics import MetricSet, require_finite
 from ttrl.model.load import DTYPES, load_model, load_tokenizer
 from ttrl.model.weights import Fingerprint, NamedTensors, load_into
@@ -21,7 +22,7 @@ from ttrl.seeds import derive
 from ttrl.trainers.backends import TrainerSetup
 from ttrl.trainers.forward import CompletionScorer
 from ttrl.trainers.schedule import lr_scale
-from ttrl.types import PackedBatch, StepStats
+from ttrl.types import PackedBatch, Segment, StepStats
 
 
 class TorchTrainer:
@@ -37,9 +38,11 @@ class TorchTrainer:
         if self._settings.gradient_checkpointing:
             _checkpoint_layers(self._model)
         self._trained = setup.parameters.attach(self._model, derive(setup.seed, "adapters"))
-        self._scorer = CompletionScorer(self._model, setup.temperature, shared_prefix=shared)
         self._losses = (setup.objective, *setup.stabilizers)
         self._needs = frozenset().union(*(part.needs for part in self._losses))
+        self._scorer = CompletionScorer(
+            self._model, setup.temperature, shared_prefix=shared, entropy_grad="entropy_grad" in self._needs
+        )
         self._reference = self._reference_scorer()
         self._optimizer = torch.optim.AdamW(
             list(self._trained.values()),
@@ -61,7 +64,7 @@ class TorchTrainer:
                 if number == 0:  # later the weights have moved, and a step is all or nothing
                     self._setup.check_stop()
                 loss += self._accumulate(batch, metrics, first=number == 0)
-                tokens += sum(len(s.prompt_ids) + int(s.lengths.sum()) for s in batch.segments)
+                tokens += sum(self._computed(segment) for segment in batch.segments)
             current = float(torch.nn.utils.clip_grad_norm_(self._trained.values(), self._settings.grad_clip))
             require_finite({"train/loss": loss, "train/grad_norm": current}, f"step {step}, update {number}")
             scale = lr_scale(
@@ -80,6 +83,15 @@ class TorchTrainer:
             metrics=metrics.values(), tokens=tokens, grad_norm=norm, lr=self._settings.lr * scale, updates=len(updates)
         )
 
+    @property
+    def shares_prompts(self) -> bool:
+        """A prompt runs once per segment; otherwise once per completion."""
+        return self._scorer.shared_prefix
+
+    def _computed(self, segment: Segment) -> int:
+        prompts = 1 if self.shares_prompts else len(segment.lengths)
+        return prompts * len(segment.prompt_ids) + int(segment.lengths.sum())
+
     def _accumulate(self, batch: PackedBatch, metrics: MetricSet, *, first: bool) -> float:
         """Forward and backward of one micro-batch; returns its share of the loss."""
         device = self._model.device
@@ -94,7 +106,8 @@ class TorchTrainer:
         out = ForwardOut(logprobs=scores.logprobs, entropy=scores.entropy, ref_logprobs=self._reference_logprobs(batch))
         total: Tensor = torch.zeros((), device=device)
         for part in self._losses:
-            result = part.loss(out, tensors)
+            with Blame("loss", type(part).__name__, "any of the micro-batch"):
+                result = part.loss(out, tensors)
             total = total + result.loss
             metrics.merge(result.metrics)
         total.backward()  # type: ignore[no-untyped-call]
@@ -165,7 +178,10 @@ class TorchTrainer:
         """The adapted model and its tokenizer as a plain transformers folder, in the recipe's dtype."""
         plain = load_model(self._master.model_copy(update={"device": "cpu"}))
         load_into({name: p.data for name, p in plain.named_parameters()}, self._moved(), Fingerprint())
+        # Sampling defaults of many models do not pass the checks of saving; they are not ours to change, so they are copied
+        defaults, plain.generation_config = plain.generation_config, GenerationConfig()
         plain.to(self._dtype).save_pretrained(path)
+        (path / "generation_config.json").write_text(defaults.to_json_string(use_diff=True), encoding="utf-8")
         load_tokenizer(self._setup.model.path).save_pretrained(path)  # type: ignore[attr-defined]
 
 

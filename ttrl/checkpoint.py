@@ -27,8 +27,11 @@ class CheckpointStore:
     def save(self, step: int, state: Mapping[str, Any], write: Callable[[Path], None]) -> Path:
         """`write` fills a fresh folder; `state` becomes state.json. Older checkpoints beyond `keep` are removed afterwards."""
         final = self._folder / f"step-{step:06d}"
+        if damage(final) is None and json.loads((final / STATE).read_text(encoding="utf-8")) == {"step": step, **state}:
+            return final  # the same checkpoint again; there must be no moment without it
+        for left in self._folder.glob(".step-*.part"):
+            shutil.rmtree(left)
         temporary = self._folder / f".step-{step:06d}.part"
-        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         write(temporary)
         (temporary / STATE).write_text(json.dumps({"step": step, **state}) + "\n", encoding="utf-8")
@@ -60,6 +63,10 @@ class CheckpointStore:
         raise ConfigError(
             f"{self._folder}: holds no usable checkpoint to resume from; start again with another --output"
         )
+
+    def is_empty(self) -> bool:
+        """No checkpoint was ever completed."""
+        return not self._all()
 
     def _all(self) -> list[Path]:
         return sorted(self._folder.glob("step-*"), key=lambda folder: (len(folder.name), folder.name))

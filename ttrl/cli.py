@@ -46,7 +46,7 @@ def train(
     outcome = run(loaded, resume=resume, console=console)
     folder = Path(loaded.output)
     console.print(f"{outcome.status}{': ' + outcome.reason if outcome.reason else ''}", highlight=False, markup=False)
-    console.print(f"report: {folder / 'report.html'}", highlight=False)
+    console.print(f"report: {folder / 'report.html'}", highlight=False, markup=False)
     if outcome.status == STOPPED:
         raise typer.Exit(EXIT_GUARD if outcome.guard else EXIT_INTERRUPTED)
 
@@ -63,11 +63,17 @@ def evaluate_command(
     label_set: Annotated[
         str | None, typer.Option("--label-set", help="comma-separated labels for the extractor 'label'")
     ] = None,
-    samples: Annotated[int, typer.Option(min=1)] = 16,
+    samples: Annotated[int, typer.Option(min=1, max=512)] = 16,
     temperature: Annotated[float, typer.Option(min=0.0)] = 1.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
-    k: Annotated[str, typer.Option(help="comma-separated values for pass@k and maj@k")] = "1,8,16",
+    k: Annotated[
+        str | None, typer.Option(help="comma-separated, for pass@k and maj@k; default 1,8,16 as far as drawn")
+    ] = None,
+    truncated_votes: Annotated[
+        bool, typer.Option("--truncated-votes", help="text cut at the limit may answer")
+    ] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     limit: Annotated[int | None, typer.Option(min=1, help="only the first N prompts")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     output: Annotated[Path | None, typer.Option(help="also write the result as JSON")] = None,
@@ -75,10 +81,14 @@ def evaluate_command(
     """Measure pass@1, pass@k and maj@k of any model on any prompts file, with intervals."""
     from ttrl.evaluate.command import EvalCall, evaluate_model
 
+    if output is not None and not output.parent.is_dir():
+        raise ConfigError(f"--output {output}: there is no folder {output.parent}")
     options = {"labels": label_set.split(",")} if label_set else {}
     call = EvalCall(
         model=model, prompts=prompts, labels=labels, template=template, extractor=extractor, extractor_options=options,
-        samples=samples, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, k=_numbers(k), limit=limit, seed=seed,
+        samples=samples, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, limit=limit, seed=seed,
+        k=_numbers(k) if k is not None else tuple(n for n in (1, 8, 16) if n <= samples),
+        truncated_votes=truncated_votes, device=device,
     )  # fmt: skip
     evaluation = evaluate_model(call)
     from ttrl.sinks import show
@@ -171,6 +181,11 @@ def _numbers(text: str) -> tuple[int, ...]:
         raise ConfigError(f"--k: {text!r} is not a comma-separated list of whole numbers") from None
 
 
+def _printable(text: str) -> str:
+    """Messages quote files of others: control characters must not reach the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
 def main() -> None:
     """Entry point. Mistakes of the user end in one message and exit status 2; everything else keeps its traceback."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -186,9 +201,9 @@ def main() -> None:
 
 
 def _complain(error: Exception, status: int) -> int:
-    typer.echo(f"ttrl: {error}", err=True)
+    typer.echo(_printable(f"ttrl: {error}"), err=True)
     for note in getattr(error, "__notes__", ()):
-        typer.echo(f"  {note}", err=True)
+        typer.echo(_printable(f"  {note}"), err=True)
     return status
 
 

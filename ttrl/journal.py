@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,10 +16,11 @@ from pydantic import TypeAdapter
 
 from ttrl.checkpoint import CheckpointStore
 from ttrl.config.schema import Recipe
+from ttrl.evaluate.book import EvaluationBook
 from ttrl.evaluate.evaluator import Evaluation
 from ttrl.metrics import MetricSet, require_finite
 from ttrl.protocols import Trainer
-from ttrl.rundir import CHECKPOINTS, EVAL, GROUPS, METRICS, MODEL, RunDir
+from ttrl.rundir import CHECKPOINTS, EVAL, GROUPS, METRICS, MODEL, SUMMARY, RunDir
 from ttrl.seeds import generator
 from ttrl.sinks import Sink
 from ttrl.stepmetrics import share_histogram
@@ -35,8 +38,8 @@ class Progress:
     train_tokens: int = 0
     labels: dict[str, str] = field(default_factory=dict)
     """prompt id -> its label at the last visit that had one"""
-    evaluations: list[Evaluation] = field(default_factory=list)
-    """first and last evaluation of each split"""
+    seconds: float = 0.0
+    """of completed steps, over all parts of a resumed run"""
 
     def flips(self, scored: Sequence[Scored]) -> list[bool]:
         """For every prompt that had a label before and has one now: did it change?"""
@@ -46,25 +49,14 @@ class Progress:
             if s.label is not None and s.group.prompt.id in self.labels
         ]
 
-    def advance(self, scored: Sequence[Scored], stats: StepStats | None) -> None:
+    def advance(self, scored: Sequence[Scored], stats: StepStats | None, seconds: float) -> None:
         """One step is complete."""
+        self.seconds += seconds
         self.step += 1
         self.empty_steps = 0 if stats is not None else self.empty_steps + 1
         self.rollout_tokens += sum(len(r.token_ids) for s in scored for r in s.group.rollouts)
         self.train_tokens += stats.tokens if stats is not None else 0
         self.labels.update((s.group.prompt.id, s.label) for s in scored if s.label is not None)
-
-    def record(self, evaluation: Evaluation) -> None:
-        """Keep the first and the latest evaluation of a split."""
-        same = [e for e in self.evaluations if e.split == evaluation.split]
-        if len(same) > 1:
-            self.evaluations.remove(same[-1])
-        self.evaluations.append(evaluation)
-
-    def first_and_last(self, split: str) -> tuple[Evaluation, Evaluation | None] | None:
-        """None before any evaluation; the second is None until there is a later one."""
-        same = sorted((e for e in self.evaluations if e.split == split), key=lambda e: e.step)
-        return (same[0], same[-1] if len(same) > 1 else None) if same else None
 
     def to_json(self) -> dict[str, Any]:
         return dict(_PROGRESS.dump_python(self, mode="json"))
@@ -99,6 +91,7 @@ class Journal:
 
     def __init__(self, recipe: Recipe, run: RunDir, sinks: Sequence[Sink]) -> None:
         self._recipe, self._run, self._sinks = recipe, run, sinks
+        self.book = EvaluationBook()
         self._store = CheckpointStore(run.path / CHECKPOINTS, recipe.checkpoint.keep)
 
     def step(
@@ -136,6 +129,7 @@ class Journal:
 
     def evaluation(self, evaluation: Evaluation) -> None:
         """One object in eval.jsonl."""
+        self.book.record(evaluation)
         self._run.append(EVAL, evaluation.record())
         for sink in self._sinks:
             sink.evaluation(evaluation)
@@ -148,20 +142,37 @@ class Journal:
         yield
 
     def checkpoint(self, trainer: Trainer, progress: Progress) -> Path:
-        """Weights, optimizer and progress; atomic."""
-        return self._store.save(progress.step, {"progress": progress.to_json()}, trainer.save)
+        """Weights, optimizer, progress and evaluations; atomic."""
+
+        def write(folder: Path) -> None:
+            trainer.save(folder)
+            self.book.save(folder)
+
+        return self._store.save(progress.step, {"progress": progress.to_json()}, write)
 
     def resume(self, trainer: Trainer) -> Progress:
-        """Load the newest undamaged checkpoint and cut the logs back to it. Raises ConfigError when there is none."""
+        """Load the newest undamaged checkpoint and cut the logs back to it; without any checkpoint start from the beginning.
+
+        Raises ConfigError when there are checkpoints and all of them are damaged.
+        """
+        (self._run.path / SUMMARY).unlink(missing_ok=True)  # it tells how an earlier part ended
+        if self._store.is_empty():
+            self._run.cut_back(-1)
+            return Progress()
         folder, state = self._store.latest()
         trainer.load(folder)
+        self.book.load(folder)
         self._run.cut_back(int(state["step"]))
         return Progress.from_json(state["progress"])
 
     def export(self, trainer: Trainer) -> None:
-        """model/, loadable with transformers."""
-        (self._run.path / MODEL).mkdir(exist_ok=True)
-        trainer.export(self._run.path / MODEL)
+        """model/, loadable with transformers; complete or not there."""
+        part, final = self._run.path / f".{MODEL}.part", self._run.path / MODEL
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        trainer.export(part)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(part, final)
 
 
 def group_record(step: int, scored: Scored) -> dict[str, Any]:

@@ -6,9 +6,10 @@ Labels do not occur here. Evaluators are closed boxes that return numbers.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ttrl.contract import Blame, check_samples, check_scored
-from ttrl.errors import GuardStop
+from ttrl.errors import EngineError, GuardStop
 from ttrl.journal import Journal, Progress, StepClock
 from ttrl.metrics import MetricSet
 from ttrl.protocols import RewardContext
@@ -18,6 +19,9 @@ from ttrl.stepmetrics import reward_metrics, rollout_metrics
 from ttrl.trainers.packing import pack, split_updates
 from ttrl.types import Group, Sample, Scored, StepStats
 
+MAX_MISMATCH, MAX_MISMATCH_HALF = 1e-3, 0.1
+"""Mean absolute difference of log-probs, engine against trainer on the same tokens, that rounding may cause."""
+
 
 def train(parts: Parts, journal: Journal, progress: Progress) -> None:
     """Run the remaining steps; `progress` says where to start and is moved along.
@@ -26,35 +30,43 @@ def train(parts: Parts, journal: Journal, progress: Progress) -> None:
     After a stop, weights and `progress` are those of the last completed step; after a failure only checkpoints are.
     """
     recipe = parts.recipe
-    if not progress.evaluations:
-        evaluate(parts, journal, progress)
+    evaluate_if_due(parts, journal, progress)
     for step in range(progress.step, recipe.steps):
         clock, metrics = StepClock(), MetricSet()
         prompts = [parts.prompts[identifier] for identifier in parts.source.batch(step)]
         with clock("rollout"):
             groups = parts.sampler(prompts, parts.pool, parts.spec, derive(recipe.seed, "rollout", step))
+            groups = [probe(parts, group) for group in groups]
         metrics.merge(rollout_metrics(groups))
         with clock("reward"):
             scored = [score(parts, group, step) for group in groups]
         metrics.merge(reward_metrics(scored, progress.flips(scored)))
         samples = [sample for item in admit(parts, scored, metrics) for sample in to_samples(parts, item)]
-        with clock("train"):
+        with clock("train"), parts.pool.released():
             stats = update(parts, step, samples)
         if stats is not None:
             with clock("sync"):
-                must_move = stats.grad_norm > 0 and recipe.model.dtype == "float32"
-                parts.pool.sync(parts.trainer.version, parts.trainer.weights(), must_move=must_move)
-        progress.advance(scored, stats)
+                sync(parts, stats)
+        progress.advance(scored, stats, clock.total())
         journal.step(step, metrics, stats, clock, scored)
         if progress.empty_steps >= recipe.max_empty_steps:
             raise GuardStop(
                 f"{progress.empty_steps} steps in a row had nothing to train on; the dropped/ metrics say why"
             )
-        last = progress.step == recipe.steps
-        if last or (recipe.eval.every and progress.step % recipe.eval.every == 0):
-            evaluate(parts, journal, progress)
-        if last or (recipe.checkpoint.every and progress.step % recipe.checkpoint.every == 0):
+        evaluate_if_due(parts, journal, progress)
+        if is_due(progress.step, recipe.checkpoint.every, recipe.steps):
             journal.checkpoint(parts.trainer, progress)
+
+
+def is_due(step: int, every: int, steps: int) -> bool:
+    """Every `every` completed steps (0: never) and at the end."""
+    return step == steps or (every > 0 and step % every == 0)
+
+
+def probe(parts: Parts, group: Group) -> Group:
+    """The group with the extra generations its objective asks for; most ask for none."""
+    requests = parts.objective.probes(group)
+    return replace(group, probes=tuple(parts.pool.generate(requests))) if requests else group
 
 
 def score(parts: Parts, group: Group, step: int) -> Scored:
@@ -70,8 +82,9 @@ def admit(parts: Parts, scored: Sequence[Scored], metrics: MetricSet) -> list[Sc
     """Groups that may train. Every group left out is counted under dropped/<reason>."""
     kept = []
     for item in scored:
-        reasons = (gate(item) for gate in parts.gates)
-        reason = "abstained" if not item.train.any() else next((r for r in reasons if r is not None), None)
+        with Blame("gates", ", ".join(plug.use for plug in parts.recipe.gates), item.group.prompt.id):
+            reasons = (gate(item) for gate in parts.gates)
+            reason = "abstained" if not item.train.any() else next((r for r in reasons if r is not None), None)
         if reason is None:
             kept.append(item)
         else:
@@ -91,16 +104,32 @@ def update(parts: Parts, step: int, samples: Sequence[Sample]) -> StepStats | No
     """Move the weights; None when there was nothing to train on."""
     if not samples:
         return None
-    settings = parts.recipe.trainer
-    return parts.trainer.step(
-        step, [pack(part, settings.tokens_per_microbatch) for part in split_updates(samples, settings.updates_per_step)]
-    )
+    settings, shared = parts.recipe.trainer, parts.trainer.shares_prompts
+    shares = split_updates(samples, settings.updates_per_step)
+    return parts.trainer.step(step, [pack(s, settings.tokens_per_microbatch, shared_prompt=shared) for s in shares])
 
 
-def evaluate(parts: Parts, journal: Journal, progress: Progress) -> None:
-    """All prompt sets under the recipe's protocol."""
+def sync(parts: Parts, stats: StepStats) -> None:
+    """New weights to the engine. Raises EngineError when they did not arrive, or when the old ones were not the trainer's."""
+    exact = parts.recipe.model.dtype == "float32"
+    if parts.pool.has_weights:
+        mismatch, bound = stats.metrics["train/sampler_mismatch"], MAX_MISMATCH if exact else MAX_MISMATCH_HALF
+        if mismatch > bound:
+            raise EngineError(
+                f"log-probs of the engine and the trainer differ by {mismatch:.2g} on average, more than {bound:g}: "
+                "they do not hold the same weights"
+            )
+    moves = stats.grad_norm > 0 and exact and parts.pool.has_weights
+    parts.pool.sync(parts.trainer.version, parts.trainer.weights(), must_move=moves)
+
+
+def evaluate_if_due(parts: Parts, journal: Journal, progress: Progress) -> None:
+    """Before, after and in between. A split that was already evaluated at this step is not evaluated again, so a run that was
+    stopped in the middle of an evaluation catches up when it is resumed."""
+    settings = parts.recipe.eval
+    if progress.step and not is_due(progress.step, settings.every, parts.recipe.steps):
+        return
     for evaluator in parts.evaluators:
-        with journal.phase(f"evaluating {evaluator.split}"):
-            evaluation = evaluator(progress.step, parts.pool)
-        progress.record(evaluation)
-        journal.evaluation(evaluation)
+        if not journal.book.has(evaluator.split, progress.step):
+            with journal.phase(f"evaluating {evaluator.split}"):
+                journal.evaluation(evaluator(progress.step, parts.pool))

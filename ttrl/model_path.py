@@ -35,7 +35,9 @@ def _check_hub(name: str) -> None:
 
     if isinstance(try_to_load_from_cache(name, "config.json"), str):
         return
-    missing = f"model.path {name!r}: no such folder, and not in the local hub cache"
+    missing = f"model.path {name!r}: no such folder (from where ttrl was started), and not in the local hub cache"
+    if name.endswith("smollm2-135m-instruct"):
+        missing += "; if you mean the recipes for SmolLM2, run python scripts/fetch_smollm2.py first"
     if constants.is_offline_mode():
         raise ConfigError(f"{missing} (hub access is switched off by HF_HUB_OFFLINE)")
     token = get_token()

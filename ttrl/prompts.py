@@ -113,6 +113,20 @@ def tokenize(
     return prompts
 
 
+def check_room(prompts: Iterable[Prompt], max_new_tokens: int, max_positions: int | None) -> None:
+    """Raises ConfigError naming the prompts that leave no room for `max_new_tokens` in the model's positions."""
+    if max_positions is None:
+        return
+    long = [p for p in prompts if len(p.token_ids) + max_new_tokens > max_positions]
+    if long:
+        worst = max(len(p.token_ids) for p in long)
+        shown = ", ".join(repr(p.id) for p in long[:3]) + (", ..." if len(long) > 3 else "")
+        raise ConfigError(
+            f"{len(long)} prompts ({shown}; the longest has {worst} tokens) and {max_new_tokens} new tokens do not fit into the "
+            f"{max_positions} positions of the model; lower max_new_tokens or remove these prompts"
+        )
+
+
 def _record(where: str, row: Mapping[str, Any], prompt_field: str, id_field: str) -> PromptRecord:
     if prompt_field not in row:
         raise ConfigError(

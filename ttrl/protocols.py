@@ -63,6 +63,13 @@ class Engine(Protocol):
     """Generates rollouts."""
 
     tokenizer: Tokenizer
+    has_weights: bool
+    """False for engines that only play a script: their log-probs are not those of any model."""
+
+    @property
+    def max_positions(self) -> int | None:
+        """Longest prompt plus completion, if there is a limit."""
+        ...
 
     def generate(self, requests: Sequence[Request]) -> list[Rollout]:
         """One rollout per request, in the order of the requests."""
@@ -164,6 +171,11 @@ class Trainer(Protocol):
     """Owns the trained weights."""
 
     version: int
+
+    @property
+    def shares_prompts(self) -> bool:
+        """A prompt runs once per segment; otherwise once per completion, which packing must count."""
+        ...
 
     def step(self, step: int, updates: Sequence[Sequence[PackedBatch]]) -> StepStats:
         """One optimizer update per inner sequence of micro-batches."""

@@ -113,14 +113,6 @@ def check(slot: str, plug: Plug) -> tuple[Callable[..., Any], dict[str, Any]]:
     return factory, {name: getattr(checked, name) for name in checked.model_fields_set}
 
 
-def provenance(use: str) -> str:
-    """For the report: the name, and for a plug-in file the hash of what was run."""
-    file, separator, _ = use.rpartition(":")
-    if separator and file.endswith(".py"):
-        return f"{use} (sha256 {hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]})"
-    return use
-
-
 def _hints(factory: Callable[..., Any]) -> dict[str, Any]:
     target = factory.__init__ if inspect.isclass(factory) else factory
     try:
@@ -143,7 +135,8 @@ def _load_file(path: Path) -> Any:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except BaseException:
+    except BaseException as error:
         del sys.modules[name]
+        error.add_note(f"while loading the plug-in file {path}")
         raise
     return module

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,18 +14,20 @@ from typing import Any
 from rich.console import Console
 
 from ttrl.config import Recipe, load_recipe, recipe_to_yaml
-from ttrl.doctor import versions
 from ttrl.errors import ConfigError, GuardStop, StopRequested
-from ttrl.evaluate.evaluator import change
+from ttrl.evaluate.book import EvaluationBook
+from ttrl.evaluate.evaluator import Evaluation, change
 from ttrl.evaluate.ledger import ledger, totals
 from ttrl.journal import Journal, Progress
 from ttrl.loop import train
 from ttrl.report import write_report
-from ttrl.rundir import LEDGER, RECIPE, SUMMARY, RunDir, check_unused
-from ttrl.setup import Checked, Parts, assemble, check_recipe
+from ttrl.rundir import LEDGER, METRICS, RECIPE, SUMMARY, RunDir, check_unused
+from ttrl.setup import Parts, assemble, check_recipe
 from ttrl.sinks import open_sinks
+from ttrl.stamp import differences, from_comments, stamp, to_comments
 from ttrl.stopping import StopSwitch
 
+RSS_PER_MB = 1024 if sys.platform != "darwin" else 2**20
 COMPLETED, STOPPED, FAILED = "completed", "stopped", "failed"
 
 
@@ -39,7 +41,11 @@ class Outcome:
     """stopped by a guard, not by the user"""
     started: float = field(default_factory=time.monotonic)
     seconds_before: float = 0.0
-    """of earlier parts of a resumed run"""
+    """of the steps that earlier parts of a resumed run completed"""
+
+    def seconds(self) -> float:
+        """Of the whole run so far."""
+        return self.seconds_before + time.monotonic() - self.started
 
 
 def run(recipe: Recipe, *, resume: bool, console: Console) -> Outcome:
@@ -49,51 +55,47 @@ def run(recipe: Recipe, *, resume: bool, console: Console) -> Outcome:
     if directory is None:
         check_unused(folder)
     checked = check_recipe(recipe)
-    console.print(
-        f"[bold]{recipe.name}[/bold]: {len(checked.records)} prompts, {recipe.steps} steps, output {folder}",
-        highlight=False,
-    )
+    stamped = stamp(recipe, checked.records)
+    if directory is not None:
+        _same_inputs(directory, stamped)
+    message = f"{recipe.name}: {len(checked.records)} prompts, {recipe.steps} steps, output {folder}"
+    console.print(message, highlight=False, markup=False)
     with StopSwitch() as switch:
         parts = assemble(checked, switch.check)
-        directory = directory or RunDir.create(folder)
-        return _run(checked, parts, directory, switch.check, resume=resume, console=console)
+        if directory is None:
+            directory = RunDir.create(folder)
+            directory.write(RECIPE, to_comments(stamped) + recipe_to_yaml(recipe))
+        with directory.locked():
+            return _run(recipe, parts, directory, resume=resume, console=console)
 
 
-def _run(
-    checked: Checked, parts: Parts, directory: RunDir, check_stop: Callable[[], None], *, resume: bool, console: Console
-) -> Outcome:
-    recipe = checked.recipe
+def _run(recipe: Recipe, parts: Parts, directory: RunDir, *, resume: bool, console: Console) -> Outcome:
     outcome, progress = Outcome(), Progress()
-    with _sinks_closed(recipe, directory, console) as journal:
-        if resume:
-            progress = journal.resume(parts.trainer)
-            outcome.seconds_before = float(directory.summary().get("seconds", 0.0))
-            if progress.step:
-                parts.pool.sync(parts.trainer.version, parts.trainer.weights(), must_move=False)
-            console.print(f"resuming after step {progress.step}")
-        else:
-            header = "".join(f"# {name}: {version}\n" for name, version in versions().items())
-            directory.write(RECIPE, header + recipe_to_yaml(recipe))
+    with _journal(recipe, directory, console) as journal:
         try:
-            check_stop()
+            if resume:
+                progress = journal.resume(parts.trainer)
+                outcome.seconds_before = progress.seconds
+                parts.pool.sync(parts.trainer.version, parts.trainer.weights(), must_move=False)
+                console.print(f"resuming after step {progress.step}")
             train(parts, journal, progress)
+            journal.export(parts.trainer)
             outcome.status = COMPLETED
         except (StopRequested, GuardStop) as stop:
-            outcome.status, outcome.reason, outcome.guard = STOPPED, str(stop), isinstance(stop, GuardStop)
             journal.checkpoint(parts.trainer, progress)
+            journal.export(parts.trainer)
+            outcome.status, outcome.reason, outcome.guard = STOPPED, str(stop), isinstance(stop, GuardStop)
         finally:
             error = sys.exc_info()[1]
             if error is not None:
                 outcome.reason = f"{type(error).__name__}: {error}"
-            if outcome.status != FAILED:
-                journal.export(parts.trainer)
-            _conclude(recipe, directory, progress, outcome)
+            _conclude(recipe, directory, progress, journal.book, outcome)
     return outcome
 
 
 @contextmanager
-def _sinks_closed(recipe: Recipe, directory: RunDir, console: Console) -> Iterator[Journal]:
-    start = sum(1 for _ in directory.lines("metrics.jsonl"))
+def _journal(recipe: Recipe, directory: RunDir, console: Console) -> Iterator[Journal]:
+    start = sum(1 for _ in directory.lines(METRICS))
     sinks = open_sinks(recipe, directory.path, console, start)
     try:
         yield Journal(recipe, directory, sinks)
@@ -102,53 +104,51 @@ def _sinks_closed(recipe: Recipe, directory: RunDir, console: Console) -> Iterat
             sink.close()
 
 
-def _conclude(recipe: Recipe, directory: RunDir, progress: Progress, outcome: Outcome) -> None:
+def _conclude(recipe: Recipe, directory: RunDir, progress: Progress, book: EvaluationBook, outcome: Outcome) -> None:
     """ledger.jsonl, summary.json, report.html."""
-    pair = progress.first_and_last("adapted")
-    entries = ledger(*pair) if pair is not None and pair[1] is not None else []  # type: ignore[arg-type]
+    before, after = book.before("adapted"), book.after("adapted")
+    entries = ledger(before, after) if before is not None and after is not None else []
     directory.write_lines(LEDGER, [entry.record() for entry in entries])
-    summary: dict[str, Any] = {
+    summary = {
         "status": outcome.status,
         "reason": outcome.reason,
         "name": recipe.name,
         "steps": progress.step,
-        "initial": _estimates(progress, "adapted", 0),
-        "final": _estimates(progress, "adapted", 1),
-        "change": _changes(progress, "adapted", recipe.seed),
+        **_comparison(book, "adapted", recipe.seed),
         "ledger": totals(entries) if entries else None,
-        "heldout": None,
+        "heldout": _comparison(book, "heldout", recipe.seed) if recipe.eval.heldout is not None else None,
         "tokens": {"rollout": progress.rollout_tokens, "train": progress.train_tokens},
-        "seconds": round(outcome.seconds_before + time.monotonic() - outcome.started, 1),
-        "peak_memory_mb": round(
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 2**20)
-        ),
+        "seconds": round(outcome.seconds(), 1),
+        "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / RSS_PER_MB),
     }
-    if progress.first_and_last("heldout") is not None:
-        summary["heldout"] = {
-            "initial": _estimates(progress, "heldout", 0),
-            "final": _estimates(progress, "heldout", 1),
-            "change": _changes(progress, "heldout", recipe.seed),
-        }
     directory.write_json(SUMMARY, summary)
     write_report(directory)
 
 
-def _estimates(progress: Progress, split: str, which: int) -> dict[str, Any] | None:
-    pair = progress.first_and_last(split)
-    evaluation = pair[which] if pair is not None else None
+def _comparison(book: EvaluationBook, split: str, seed: int) -> dict[str, Any]:
+    """initial and final estimates, the paired change, and after how many steps each was measured."""
+    before, after = book.before(split), book.after(split)
+    changes = None
+    if before is not None and after is not None:
+        found = {name: change(before, after, name, seed) for name in before.estimates}
+        changes = {name: asdict(difference) for name, difference in found.items() if difference is not None}
+    return {
+        "initial": _estimates(before),
+        "final": _estimates(after),
+        "change": changes,
+        "measured_after_steps": [evaluation.step for evaluation in (before, after) if evaluation is not None],
+    }
+
+
+def _estimates(evaluation: Evaluation | None) -> dict[str, Any] | None:
     return None if evaluation is None else {name: asdict(estimate) for name, estimate in evaluation.estimates.items()}
 
 
-def _changes(progress: Progress, split: str, seed: int) -> dict[str, Any] | None:
-    pair = progress.first_and_last(split)
-    if pair is None or pair[1] is None:
-        return None
-    first, last = pair[0], pair[1]
-    return {
-        name: asdict(difference)
-        for name in first.estimates
-        if (difference := change(first, last, name, seed)) is not None
-    }
+def _same_inputs(directory: RunDir, stamped: dict[str, str]) -> None:
+    """Raises ConfigError when prompts or plug-in files changed since the run was started."""
+    changed = differences(from_comments((directory.path / RECIPE).read_text(encoding="utf-8")), stamped)
+    if changed:
+        raise ConfigError("cannot resume, the inputs of the run have changed:\n" + "\n".join(changed))
 
 
 def _resumable(recipe: Recipe, folder: Path) -> RunDir:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ from ttrl.errors import ConfigError
 
 RECIPE, METRICS, EVAL, GROUPS = "recipe.yaml", "metrics.jsonl", "eval.jsonl", "groups.jsonl"
 LEDGER, SUMMARY, REPORT, CHECKPOINTS, MODEL = "ledger.jsonl", "summary.json", "report.html", "checkpoints", "model"
+LOCK = ".lock"
+WRITTEN = (RECIPE, METRICS, EVAL, GROUPS, LEDGER, SUMMARY, REPORT, CHECKPOINTS, MODEL)
 STEPPED = (METRICS, EVAL, GROUPS)
 """Files with one object per step, cut back to the checkpoint when a run is resumed."""
 
@@ -38,6 +42,16 @@ class RunDir:
         if not (path / RECIPE).is_file() or not (path / CHECKPOINTS).is_dir():
             raise ConfigError(f"{path}: holds no run (a run has {RECIPE} and {CHECKPOINTS}/)")
         return cls(path)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder while training. Raises ConfigError when another process does."""
+        with (self.path / LOCK).open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise ConfigError(f"output {self.path}: another process is running there") from None
+            yield
 
     def append(self, file: str, record: Mapping[str, Any]) -> None:
         """Add one object to a JSONL file and flush it, so that a reader never sees half a line for long."""
@@ -86,7 +100,9 @@ def check_unused(path: Path) -> None:
     """Raises ConfigError when `path` already holds a run, or is not a folder."""
     if path.exists() and not path.is_dir():
         raise ConfigError(f"output {path}: is a file, not a folder")
-    if (path / RECIPE).exists():
+    taken = [name for name in WRITTEN if (path / name).exists()]
+    if taken:
         raise ConfigError(
-            f"output {path}: already holds a run; continue it with --resume, or choose another folder with --output"
+            f"output {path}: already holds a run, or what a run would overwrite ({', '.join(taken)}); "
+            "continue a run with --resume, or choose another folder with --output"
         )

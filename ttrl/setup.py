@@ -13,14 +13,14 @@ from typing import Any
 
 from ttrl.config.schema import Plug, PromptSet, Recipe
 from ttrl.errors import ConfigError
-from ttrl.evaluate.evaluator import Evaluator
-from ttrl.evaluate.labels import read_labels
+from ttrl.evaluate.evaluator import Evaluator, check_labels
 from ttrl.model_path import check_model_path
-from ttrl.prompts import PromptRecord, read_prompts, tokenize
-from ttrl.protocols import Gate, Objective, Reward, Sampler, Source, Stabilizer, StopCheck, Trainer
+from ttrl.prompts import PromptRecord, check_room, read_prompts, tokenize
+from ttrl.protocols import Engine, Gate, Objective, Reward, Sampler, Source, Stabilizer, StopCheck, Trainer
 from ttrl.registry import build, check
 from ttrl.rewards.reader import AnswerReader
 from ttrl.rollout.pool import LocalPool
+from ttrl.sinks import check_sinks
 from ttrl.templates import check_template
 from ttrl.types import Prompt, SamplingSpec
 
@@ -68,18 +68,19 @@ def check_recipe(recipe: Recipe) -> Checked:
 
     for slot, plug in _plugs(recipe):
         attempt(lambda slot=slot, plug=plug: check(slot, plug))  # type: ignore[misc]
-    reward = attempt(lambda: build("reward", recipe.reward))
-    attempt(lambda: build("objective", recipe.objective))
-    for slot, plugs in (("gate", recipe.gates), ("stabilizer", recipe.stabilizers)):
-        for plug in plugs:
-            attempt(lambda slot=slot, plug=plug: build(slot, plug))  # type: ignore[misc]
+    reward = attempt(lambda: _reward(recipe))
+    built = [("objective", recipe.objective), ("parameters", recipe.trainer.parameters)]
+    built += [("gate", plug) for plug in recipe.gates] + [("stabilizer", plug) for plug in recipe.stabilizers]
+    for slot, plug in built:
+        attempt(lambda slot=slot, plug=plug: build(slot, plug))  # type: ignore[misc]
+    attempt(lambda: check_sinks(recipe))
     if reward is not None and recipe.rollout.votes_per_prompt < reward.min_votes:
         problems.append(
             f"rollout.votes_per_prompt is {recipe.rollout.votes_per_prompt}, but the reward needs at least {reward.min_votes}"
         )
     attempt(lambda: check_model_path(recipe.model))
     attempt(lambda: check_template(recipe.data.template))
-    reader = attempt(lambda: answer_reader(recipe))
+    reader = attempt(lambda: answer_reader(recipe, reward))
     records = attempt(lambda: _read(recipe, recipe.data.prompts, recipe.data.limit))
     source: Any = None
     if records:
@@ -89,9 +90,9 @@ def check_recipe(recipe: Recipe) -> Checked:
             )
         )
         if recipe.eval.labels is not None:
-            attempt(lambda: read_labels(str(recipe.eval.labels), [r.id for r in records[: recipe.eval.limit]]))
+            attempt(lambda: check_labels(str(recipe.eval.labels), [r.id for r in records[: recipe.eval.limit]]))
     split = recipe.eval.heldout
-    heldout = attempt(lambda: _heldout(recipe, split)) if split is not None else []
+    heldout = attempt(lambda: _heldout(recipe, split, records or [])) if split is not None else []
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(line for problem in problems for line in problem.split("\n"))))
     return Checked(recipe=recipe, records=records, heldout=heldout, source=source, reward=reward, reader=reader)
@@ -99,15 +100,21 @@ def check_recipe(recipe: Recipe) -> Checked:
 
 def assemble(checked: Checked, check_stop: StopCheck) -> Parts:
     """Load the models and build every part."""
+    from ttrl.model.load import load_tokenizer
     from ttrl.trainers.backends import TrainerSetup
 
     recipe = checked.recipe
     objective: Objective = build("objective", recipe.objective)
     stabilizers: tuple[Stabilizer, ...] = tuple(build("stabilizer", plug) for plug in recipe.stabilizers)
-    engine = build("engine", recipe.rollout.engine, recipe.model, check_stop)
-    data = recipe.data
-    prompts = tokenize(checked.records, engine.tokenizer, data.template, data.max_prompt_tokens)
-    heldout = tokenize(checked.heldout, engine.tokenizer, data.template, data.max_prompt_tokens)
+    data, tokenizer = (
+        recipe.data,
+        load_tokenizer(recipe.model.path),
+    )  # mistakes in prompts show before a model is loaded
+    prompts = tokenize(checked.records, tokenizer, data.template, data.max_prompt_tokens)
+    heldout = tokenize(checked.heldout, tokenizer, data.template, data.max_prompt_tokens)
+    engine: Engine = build("engine", recipe.rollout.engine, recipe.model, check_stop)
+    longest = max(recipe.rollout.max_new_tokens, recipe.eval.max_new_tokens or 0)
+    check_room([*prompts, *heldout], longest, engine.max_positions)
     trainer = build(
         "backend", recipe.trainer.backend,
         TrainerSetup(
@@ -135,16 +142,32 @@ def assemble(checked: Checked, check_stop: StopCheck) -> Parts:
     )  # fmt: skip
 
 
-def answer_reader(recipe: Recipe) -> AnswerReader:
-    """How evaluation reads answers: as the reward does, unless it is a plug-in without such options; then as `math`."""
-    options = recipe.reward.options
-    extractor = options.get("extractor", "math")
+def answer_reader(recipe: Recipe, reward: Reward | None) -> AnswerReader:
+    """How evaluation reads answers: as `eval.extractor` says, else as the reward does, else as `math`."""
+    settings = recipe.eval
+    held = getattr(reward, "reader", None)  # plug-ins need not have one
+    if settings.extractor is None and isinstance(held, AnswerReader):
+        return held
     try:
         return AnswerReader(
-            str(extractor), options.get("options") or {}, truncated_votes=bool(options.get("truncated_votes", False))
+            settings.extractor or "math", settings.extractor_options, truncated_votes=settings.truncated_votes
         )
     except ValueError as error:
-        raise ConfigError(f"reward {recipe.reward.use!r}: {error}") from None
+        raise ConfigError(f"eval.extractor: {error}") from None
+
+
+def _reward(recipe: Recipe) -> Reward:
+    """Build the reward and check what the slot relies on, so that a plug-in's gap shows now."""
+    reward: Reward = build("reward", recipe.reward)
+    missing = [name for name in ("needs", "min_votes") if not hasattr(reward, name)]
+    if missing or not callable(reward):
+        raise ConfigError(
+            f"reward {recipe.reward.use!r} must be callable and have {', '.join(missing or ['__call__'])}"
+        )
+    unknown = set(reward.needs) - {"entropy"}
+    if unknown:
+        raise ConfigError(f"reward {recipe.reward.use!r} needs {sorted(unknown)}; rollouts can carry: entropy")
+    return reward
 
 
 def _plugs(recipe: Recipe) -> list[tuple[str, Plug]]:
@@ -158,10 +181,16 @@ def _read(recipe: Recipe, path: str, limit: int | None) -> list[PromptRecord]:
     return read_prompts(path, prompt_field=recipe.data.prompt_field, id_field=recipe.data.id_field, limit=limit)
 
 
-def _heldout(recipe: Recipe, split: PromptSet) -> list[PromptRecord]:
+def _heldout(recipe: Recipe, split: PromptSet, adapted: Sequence[PromptRecord]) -> list[PromptRecord]:
     records = _read(recipe, split.prompts, recipe.eval.limit)
+    seen = {record.messages for record in adapted}
+    both = [record.id for record in records if record.messages in seen]
+    if both:
+        raise ConfigError(
+            f"eval.heldout: {len(both)} prompts are trained on ({', '.join(both[:3])}); they are not held out"
+        )
     if split.labels is not None:
-        read_labels(split.labels, [record.id for record in records])
+        check_labels(split.labels, [record.id for record in records])
     return records
 
 

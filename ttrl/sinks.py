@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -89,12 +90,8 @@ class TensorBoardSink:
     """Event files under <output>/tensorboard."""
 
     def __init__(self, folder: Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise ConfigError(
-                "log.tensorboard needs the package tensorboard: pip install 'ttrl[tensorboard]'"
-            ) from None
+        from torch.utils.tensorboard import SummaryWriter
+
         self._writer = SummaryWriter(str(folder / "tensorboard"))
 
     def phase(self, name: str) -> None:
@@ -116,10 +113,8 @@ class WandbSink:
     """A Weights & Biases run; only when the recipe names a project."""
 
     def __init__(self, recipe: Recipe, folder: Path) -> None:
-        try:
-            import wandb
-        except ImportError:
-            raise ConfigError("log.wandb needs the package wandb: pip install 'ttrl[wandb]'") from None
+        import wandb
+
         config = recipe.model_dump(mode="json", by_alias=True)
         self._run: Any = wandb.init(project=recipe.log.wandb, name=recipe.name, dir=str(folder), config=config)
 
@@ -137,8 +132,16 @@ class WandbSink:
         self._run.finish()
 
 
+def check_sinks(recipe: Recipe) -> None:
+    """Raises ConfigError when a package that the recipe asks for is missing; imports none of them."""
+    wanted = {"tensorboard": recipe.log.tensorboard, "wandb": recipe.log.wandb is not None}
+    for package, asked in wanted.items():
+        if asked and find_spec(package) is None:
+            raise ConfigError(f"log.{package} needs the package {package}: pip install 'ttrl[{package}]'")
+
+
 def open_sinks(recipe: Recipe, folder: Path, console: Console, start: int) -> list[Sink]:
-    """The sinks a recipe asks for. Raises ConfigError when a package is missing."""
+    """The sinks a recipe asks for."""
     sinks: list[Sink] = []
     if recipe.log.tensorboard:
         sinks.append(TensorBoardSink(folder))

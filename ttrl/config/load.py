@@ -46,7 +46,7 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def find_recipe(recipe: str | Path) -> Path:
-    """The file as given, or the shipped recipe of that name (`quickstart`, `cpu/smollm2-135m-sentiment`)."""
+    """The file as given, or the shipped recipe of that name (`quickstart`, `cpu/smollm2-135m-topics`)."""
     given = Path(recipe)
     if given.is_file():
         return given

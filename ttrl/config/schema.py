@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, Strict, field_validator, mode
 # Strict: `true` is not 1 and "16" is not 16
 Positive = Annotated[int, Strict(), Field(ge=1)]
 NonNegative = Annotated[int, Strict(), Field(ge=0)]
+Beta = Annotated[float, Strict(), Field(ge=0.0, lt=1.0)]
 Fraction = Annotated[float, Strict(), Field(ge=0.0, le=1.0)]
 
 
@@ -42,7 +43,10 @@ class ModelSection(Section):
     """The model to adapt."""
 
     path: str = Field(min_length=1, description="folder, hub name (org/name) or bundled:NAME")
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="of sampling and the forward pass; trained weights stay float32 (float16 would need loss scaling)",
+    )
     threads: Positive | None = Field(None, description="CPU threads of torch; tiny models are fastest with 1")
     device: Annotated[
         str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto takes a GPU when there is one")
@@ -115,7 +119,7 @@ class TrainerSection(Section):
     warmup: Fraction = Field(0.03, description="share of all updates with a rising learning rate")
     min_lr_ratio: Fraction = Field(0.0, description="last learning rate divided by the peak")
     weight_decay: Annotated[float, Strict(), Field(ge=0.0)] = 0.0
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     grad_clip: Annotated[float, Strict(), Field(gt=0.0)] = 1.0
     tokens_per_microbatch: Positive = 8192
     updates_per_step: Positive = Field(
@@ -138,8 +142,13 @@ class EvalSection(Section):
         None, description="file with {id, answer}; without it only label-free numbers are reported"
     )
     heldout: PromptSet | None = None
+    extractor: str | None = Field(
+        None, description="how answers are read; default: as the reward reads them, else math"
+    )
+    extractor_options: dict[str, Any] = Field(default_factory=dict)
+    truncated_votes: bool = Field(False, description="with `extractor`: text cut at the length limit may answer")
     every: NonNegative = Field(0, description="steps between evaluations; 0: before and after only")
-    samples: Annotated[int, Strict(), Field(ge=1)] = 16
+    samples: Annotated[int, Strict(), Field(ge=1, le=512)] = 16
     temperature: Annotated[float, Strict(), Field(ge=0.0, le=10.0)] = 1.0
     top_p: Annotated[float, Strict(), Field(gt=0.0, le=1.0)] = 1.0
     max_new_tokens: Positive | None = Field(None, description="default: rollout.max_new_tokens")

@@ -16,7 +16,7 @@ from ttrl.errors import ConfigError
 KeyPath = tuple[str | int, ...]
 MAX_EXTENDS = 10
 MAX_RECIPE_BYTES = 1_000_000
-MAX_RECIPE_KEYS = 100_000
+MAX_RECIPE_KEYS = 10_000
 """Bounds what aliases may unfold to."""
 
 

@@ -12,7 +12,7 @@ from ttrl.errors import ConfigError
 from ttrl.evaluate.evaluator import Evaluation, Evaluator
 from ttrl.evaluate.labels import read_labels
 from ttrl.model_path import check_model_path
-from ttrl.prompts import read_prompts, tokenize
+from ttrl.prompts import check_room, read_prompts, tokenize
 from ttrl.rewards.reader import AnswerReader
 from ttrl.rollout.engines import hf
 from ttrl.rollout.pool import LocalPool
@@ -37,6 +37,8 @@ class EvalCall:
     k: tuple[int, ...]
     limit: int | None
     seed: int
+    truncated_votes: bool = False
+    device: str = "auto"
     extractor_options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -46,11 +48,13 @@ def evaluate_model(call: EvalCall) -> Evaluation:
         raise ConfigError(f"--k must be between 1 and --samples ({call.samples}), got {','.join(map(str, call.k))}")
     if call.top_p <= 0:
         raise ConfigError("--top-p must be above 0")
-    section = ModelSection(path=call.model)
+    if call.device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"--device must be auto, cpu or cuda, got {call.device!r}")
+    section = ModelSection(path=call.model, device=call.device)
     check_model_path(section)
     check_template(call.template)
     try:
-        reader = AnswerReader(call.extractor, call.extractor_options)
+        reader = AnswerReader(call.extractor, call.extractor_options, truncated_votes=call.truncated_votes)
     except ValueError as error:
         raise ConfigError(f"--extractor: {error}") from None
     records = read_prompts(call.prompts, limit=call.limit)
@@ -59,6 +63,7 @@ def evaluate_model(call: EvalCall) -> Evaluation:
     with StopSwitch() as switch:
         engine = hf(section, switch.check)
         prompts = tokenize(records, engine.tokenizer, call.template, None)
+        check_room(prompts, call.max_new_tokens, engine.max_positions)
         spec = SamplingSpec(max_new_tokens=call.max_new_tokens, temperature=call.temperature, top_p=call.top_p)
         evaluator = Evaluator(
             "prompts", prompts, call.labels, reader, spec,

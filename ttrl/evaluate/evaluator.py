@@ -174,6 +174,11 @@ def _maj(result: PromptResult, k: int) -> float:
     return maj_at_k(list(result.answers.values()), right, result.no_answer, k)
 
 
+def check_labels(path: str, prompt_ids: Sequence[str]) -> None:
+    """Raises ConfigError unless the file has a label for every prompt. Returns nothing, on purpose."""
+    read_labels(path, prompt_ids)
+
+
 def change(before: Evaluation, after: Evaluation, metric: str, seed: int) -> Estimate | None:
     """Paired difference over prompts with its interval; None when the metric is missing.
 

@@ -13,7 +13,7 @@ from ttrl.config.load import bundled
 from ttrl.config.schema import ModelSection
 from ttrl.errors import ConfigError
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Tokenizer(Protocol):

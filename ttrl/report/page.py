@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ttrl.config import Recipe, load_recipe
-from ttrl.registry import provenance
 from ttrl.report.plots import accuracy, curve, share_map
 from ttrl.rundir import EVAL, GROUPS, LEDGER, METRICS, RECIPE, REPORT, RunDir
+from ttrl.stamp import from_comments
 
 MAX_GROUPS = 24
 MAX_LEDGER_ROWS = 500
@@ -44,15 +44,18 @@ def write_report(run: RunDir) -> Path:
 
 def _content(run: RunDir) -> dict[str, Any]:
     recipe = load_recipe(run.path / RECIPE)
+    text = (run.path / RECIPE).read_text(encoding="utf-8")
     metrics = list(run.lines(METRICS))
     summary = run.summary() or _unfinished(metrics)
     entries = list(run.lines(LEDGER))
     headlines = _headlines(summary)
     return {
         "recipe": recipe,
-        "recipe_text": (run.path / RECIPE).read_text(encoding="utf-8"),
+        "recipe_text": text,
+        "stamped": list(from_comments(text).items()),
         "summary": summary,
         "headlines": headlines,
+        "measured": summary.get("measured_after_steps", []),
         "cards": _cards(headlines),
         "heldout": _headlines(summary.get("heldout") or {}),
         "trained_on": _trained_on(recipe),
@@ -141,7 +144,7 @@ def _parts(recipe: Recipe) -> list[tuple[str, str]]:
     plugs = [("sampler", recipe.rollout.sampler), ("engine", recipe.rollout.engine), ("reward", recipe.reward)]
     plugs += [("gate", plug) for plug in recipe.gates] + [("objective", recipe.objective)]
     plugs += [("stabilizer", plug) for plug in recipe.stabilizers] + [("parameters", recipe.trainer.parameters)]
-    return [(slot, provenance(plug.use) + (f" {plug.options}" if plug.options else "")) for slot, plug in plugs]
+    return [(slot, plug.use + (f" {plug.options}" if plug.options else "")) for slot, plug in plugs]
 
 
 def _figures(

@@ -1,0 +1,68 @@
+"""What a run was made of besides its recipe: versions, commit, and hashes of prompts and plug-in files.
+
+Written as comments at the head of recipe.yaml, shown in the report, and compared when a run is resumed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import subprocess
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from ttrl.config.schema import Plug, Recipe
+from ttrl.doctor import versions
+from ttrl.prompts import PromptRecord
+
+
+def stamp(recipe: Recipe, records: Iterable[PromptRecord]) -> dict[str, str]:
+    """name -> what it was, in the order to show. `commit` is there only in a checkout."""
+    found = versions()
+    commit = _commit()
+    if commit is not None:
+        found["commit"] = commit
+    digest = hashlib.sha256()
+    for record in records:
+        digest.update(repr((record.id, [(m.role, m.content) for m in record.messages])).encode())
+    found["prompts"] = f"sha256 {digest.hexdigest()[:16]}"
+    for use in sorted({plug.use for plug in _plugs(recipe) if ".py:" in plug.use}):
+        file = Path(use.rpartition(":")[0])
+        found[f"plug-in {file.name}"] = f"sha256 {hashlib.sha256(file.read_bytes()).hexdigest()[:16]}"
+    return found
+
+
+def to_comments(found: Mapping[str, str]) -> str:
+    """One `# name: value` line each."""
+    return "".join(f"# {name}: {value}\n" for name, value in found.items())
+
+
+def from_comments(text: str) -> dict[str, str]:
+    """What `to_comments` wrote at the head of a recipe."""
+    return dict(re.findall(r"^# ([^:\n]+): (.*)$", text, flags=re.MULTILINE))
+
+
+def differences(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
+    """Prompts and plug-in files that are not what they were, in words."""
+    keys = [key for key in {**old, **new} if key == "prompts" or key.startswith("plug-in ")]
+    return [f"  {key}: was {old.get(key)}, is {new.get(key)}" for key in keys if old.get(key) != new.get(key)]
+
+
+def _plugs(recipe: Recipe) -> list[Plug]:
+    parts = [recipe.reward, recipe.objective, *recipe.gates, *recipe.stabilizers, recipe.data.source]
+    return [*parts, recipe.rollout.engine, recipe.rollout.sampler, recipe.trainer.backend, recipe.trainer.parameters]
+
+
+def _commit() -> str | None:
+    folder = Path(__file__).resolve().parent
+    try:
+        head = subprocess.run(
+            ["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True
+        )
+        changed = subprocess.run(
+            ["git", "-C", str(folder), "status", "--porcelain", "--untracked-files=no"],
+            capture_output=True, text=True, timeout=5, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head.stdout.strip() + (" with changes" if changed.stdout.strip() else "")
