@@ -33,7 +33,7 @@ def train(parts: Parts, journal: Journal, progress: Progress) -> None:
         prompts = [parts.prompts[identifier] for identifier in parts.source.batch(step)]
         with clock("rollout"):
             groups = parts.sampler(prompts, parts.pool, parts.spec, derive(recipe.seed, "rollout", step))
-        metrics.merge(rollout_metrics(groups))
+        metrics.merge(rollout_metrics(groups, recipe.rollout.votes_per_prompt))
         with clock("reward"):
             scored = [score(parts, group, step) for group in groups]
         metrics.merge(reward_metrics(scored, progress.flips(scored)))
