@@ -28,7 +28,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
     "source": {"epoch": "ttrl.sources:EpochSource"},
     "sampler": {"adaptive": "ttrl.rollout.adaptive:AdaptiveSampler", "flat": "ttrl.rollout.flat:FlatSampler"},
     "engine": {"hf": "ttrl.rollout.engines:hf", "scripted": "ttrl.rollout.engines:scripted"},
-    "reward": {"majority_vote": "ttrl.rewards.majority:MajorityVote"},
+    "reward": {"majority_vote": "ttrl.rewards.majority:MajorityVote", "trl": "ttrl.rewards.trl:TRLReward"},
     "gate": {
         "vote_share": "ttrl.gates:VoteShare",
         "answered": "ttrl.gates:Answered",
