@@ -87,8 +87,13 @@ def test_rollout_metrics_sum_tokens_and_average_over_rollouts() -> None:
     values = rollout_metrics(groups).values()
     # lengths are characters + 1: 6, 2, 2, 2
     assert values == {
-        "rollout/tokens": 12.0, "rollout/length": 3.0, "rollout/truncated": 0.25, "rollout/logprob": -0.5,
+        "rollout/tokens": 12.0, "rollout/length": 3.0, "rollout/truncated": 0.25, "rollout/logprob": -0.5, "rollout/votes": 2.0,
     }  # fmt: skip
+
+
+def test_saved_votes_are_the_share_of_the_budget_that_was_not_drawn() -> None:
+    values = rollout_metrics([make_group(["a"] * 3), make_group(["a"] * 8)], votes_per_prompt=8).values()
+    assert values["rollout/votes"] == 5.5 and values["rollout/saved_votes"] == 0.3125  # 5 of 16
 
 
 def test_reward_metrics_average_over_groups() -> None:

@@ -23,6 +23,8 @@ recipes_app = typer.Typer(
     help="Recipes that come with ttrl, and the schema of all.", no_args_is_help=True, rich_markup_mode=None
 )
 app.add_typer(recipes_app, name="recipes")
+new_app = typer.Typer(help="Write the start of a plug-in.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(new_app, name="new")
 
 RecipeArgument = Annotated[str, typer.Argument(help="recipe file, or the name of a shipped recipe")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="changes to the recipe: key.path=value ...")]
@@ -101,11 +103,29 @@ def evaluate_command(
 
 
 @app.command()
-def check(recipe: RecipeArgument, overrides: Overrides = None) -> None:
-    """Find every mistake in a recipe, its plug-ins and its data without loading a model."""
+def check(
+    target: Annotated[str, typer.Argument(help="recipe, ./reward.py, ./reward.py:Name or reward:NAME")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="changes to the recipe, or options of the reward")
+    ] = None,
+) -> None:
+    """Find every mistake in a recipe, its plug-ins and its data without loading a model; or test a reward of your own."""
+    from ttrl.authoring import check_reward, is_reward
+
+    if is_reward(target):
+        findings = check_reward(target, overrides or [])
+        for finding in findings:
+            typer.echo(
+                f"{'ok' if finding.problem is None else 'FAIL':<5} {finding.check:<30} {finding.problem or ''}".rstrip()
+            )
+        if failed := sum(finding.problem is not None for finding in findings):
+            typer.echo(f"{target}: {failed} of {len(findings)} checks failed")
+            raise typer.Exit(EXIT_FAILED)
+        typer.echo(f"{target}: ok, {len(findings)} checks")
+        return
     from ttrl.config import load_recipe
 
-    loaded = load_recipe(recipe, overrides or [])
+    loaded = load_recipe(target, overrides or [])
     from ttrl.setup import check_recipe
 
     checked = check_recipe(loaded)
@@ -146,6 +166,19 @@ def doctor() -> None:
         typer.echo(f"problem: {problem}")
     if problems:
         raise typer.Exit(EXIT_FAILED)
+
+
+@new_app.command("reward")
+def new_reward_command(
+    name: Annotated[str, typer.Argument(help="for example soft_vote")],
+    folder: Annotated[Path, typer.Option(help="where to write the two files")] = Path(),
+) -> None:
+    """Write a pseudo-reward of 25 lines and its test; refuses to overwrite."""
+    from ttrl.authoring import new_reward
+
+    reward, test = new_reward(name, folder)
+    typer.echo(f"wrote {reward} and {test}")
+    typer.echo(f"next: ttrl check {reward if reward.is_absolute() else f'./{reward}'}    python -m pytest {test}")
 
 
 @recipes_app.command("list")

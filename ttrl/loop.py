@@ -37,7 +37,7 @@ def train(parts: Parts, journal: Journal, progress: Progress) -> None:
         with clock("rollout"):
             groups = parts.sampler(prompts, parts.pool, parts.spec, derive(recipe.seed, "rollout", step))
             groups = [probe(parts, group) for group in groups]
-        metrics.merge(rollout_metrics(groups))
+        metrics.merge(rollout_metrics(groups, recipe.rollout.votes_per_prompt))
         with clock("reward"):
             scored = [score(parts, group, step) for group in groups]
         metrics.merge(reward_metrics(scored, progress.flips(scored)))

@@ -45,8 +45,12 @@ class Pool(Protocol):
         ...
 
 
+Classify = Callable[[Sequence[Rollout]], list[int]]
+"""The class of each rollout's answer as the reward will see it, NO_ANSWER for none: what a sampler may know of answers."""
+
+
 class Sampler(Protocol):
-    """How the votes of a step are drawn."""
+    """How the votes of a step are drawn. A factory of samplers gets `votes_per_prompt`, `train_per_prompt` and a Classify."""
 
     def __call__(self, prompts: Sequence[Prompt], pool: Pool, spec: SamplingSpec, seed: int) -> list[Group]: ...
 
@@ -201,6 +205,6 @@ Phase = Callable[[str], AbstractContextManager[None]]
 """`with phase("rollout"):` measures a part of the step."""
 
 __all__ = [
-    "Engine", "ForwardOut", "Gate", "LossOut", "Objective", "Phase", "Pool", "Reward", "RewardContext", "Sampler", "Source",
+    "Classify", "Engine", "ForwardOut", "Gate", "LossOut", "Objective", "Phase", "Pool", "Reward", "RewardContext", "Sampler", "Source",
     "Stabilizer", "StopCheck", "TensorBatch", "Trainer", "WeightSource", "WeightStamp",
 ]  # fmt: skip

@@ -26,9 +26,9 @@ from ttrl.errors import ConfigError
 # Modules named here import neither torch nor ray at module level: checking a recipe stays instant.
 BUILT_IN: dict[str, dict[str, str]] = {
     "source": {"epoch": "ttrl.sources:EpochSource"},
-    "sampler": {"flat": "ttrl.rollout.flat:FlatSampler"},
+    "sampler": {"adaptive": "ttrl.rollout.adaptive:AdaptiveSampler", "flat": "ttrl.rollout.flat:FlatSampler"},
     "engine": {"hf": "ttrl.rollout.engines:hf", "scripted": "ttrl.rollout.engines:scripted"},
-    "reward": {"majority_vote": "ttrl.rewards.majority:MajorityVote"},
+    "reward": {"majority_vote": "ttrl.rewards.majority:MajorityVote", "trl": "ttrl.rewards.trl:TRLReward"},
     "gate": {
         "vote_share": "ttrl.gates:VoteShare",
         "answered": "ttrl.gates:Answered",

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +18,12 @@ from ttrl.evaluate.evaluator import Evaluator, check_labels
 from ttrl.model_path import check_model_path
 from ttrl.prompts import PromptRecord, check_room, read_prompts, tokenize
 from ttrl.protocols import Engine, Gate, Objective, Reward, Sampler, Source, Stabilizer, StopCheck, Trainer
-from ttrl.registry import build, check
+from ttrl.registry import build, check, resolve
 from ttrl.rewards.reader import AnswerReader
 from ttrl.rollout.pool import LocalPool
 from ttrl.sinks import check_sinks
 from ttrl.templates import check_template
-from ttrl.types import Prompt, SamplingSpec
+from ttrl.types import Prompt, Rollout, SamplingSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +82,8 @@ def check_recipe(recipe: Recipe) -> Checked:
     attempt(lambda: check_model_path(recipe.model))
     attempt(lambda: check_template(recipe.data.template))
     reader = attempt(lambda: answer_reader(recipe, reward))
+    if reward is not None and reader is not None:
+        attempt(lambda: build_sampler(recipe, reward, reader))
     records = attempt(lambda: _read(recipe, recipe.data.prompts, recipe.data.limit))
     source: Any = None
     if records:
@@ -128,7 +131,7 @@ def assemble(checked: Checked, check_stop: StopCheck) -> Parts:
         recipe=recipe,
         prompts={prompt.id: prompt for prompt in prompts},
         source=checked.source,
-        sampler=build("sampler", rollout.sampler, rollout.votes_per_prompt, rollout.trained),
+        sampler=build_sampler(recipe, checked.reward, checked.reader),
         pool=LocalPool(engine),
         spec=SamplingSpec(
             max_new_tokens=rollout.max_new_tokens, temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k,
@@ -168,6 +171,28 @@ def _reward(recipe: Recipe) -> Reward:
     if unknown:
         raise ConfigError(f"reward {recipe.reward.use!r} needs {sorted(unknown)}; rollouts can carry: entropy")
     return reward
+
+
+THRESHOLDS = ("min_votes", "min_share", "min_margin")
+
+
+def build_sampler(recipe: Recipe, reward: Reward, reader: AnswerReader) -> Sampler:
+    """The sampler, given the eyes of the reward: its reader, and its thresholds where the sampler has options for them.
+
+    A sampler that stops early must not stop on another vote than the reward will hold.
+    """
+    own = getattr(reward, "reader", None)
+    seen_by = own if isinstance(own, AnswerReader) else reader
+
+    def classify(rollouts: Sequence[Rollout]) -> list[int]:
+        return seen_by.classes(seen_by.read(rollouts))[0]
+
+    rollout = recipe.rollout
+    known = inspect.signature(resolve("sampler", rollout.sampler.use)).parameters
+    inherited = {k: v for k, v in recipe.reward.options.items() if k in THRESHOLDS and k in known}
+    plug = rollout.sampler.model_copy(update={"options": {**inherited, **rollout.sampler.options}})
+    sampler: Sampler = build("sampler", plug, rollout.votes_per_prompt, rollout.trained, classify)
+    return sampler
 
 
 def _plugs(recipe: Recipe) -> list[tuple[str, Plug]]:

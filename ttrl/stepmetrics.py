@@ -12,10 +12,16 @@ from ttrl.types import NO_ANSWER, Finish, Group, Scored
 SHARE_BINS = 10
 
 
-def rollout_metrics(groups: Sequence[Group]) -> MetricSet:
-    """rollout/tokens (sum), rollout/length (mean), rollout/truncated (share)."""
+def rollout_metrics(groups: Sequence[Group], votes_per_prompt: int | None = None) -> MetricSet:
+    """rollout/tokens (sum), rollout/length (mean), rollout/truncated (share), rollout/votes (mean per prompt).
+
+    With the budget of votes also rollout/saved_votes: the share of it that was not needed.
+    """
     metrics = MetricSet()
     for group in groups:
+        metrics.mean("rollout/votes", len(group.rollouts))
+        if votes_per_prompt is not None:
+            metrics.mean("rollout/saved_votes", 1 - len(group.rollouts) / votes_per_prompt)
         for rollout in group.rollouts:
             metrics.sum("rollout/tokens", len(rollout.token_ids))
             metrics.mean("rollout/length", len(rollout.token_ids))
