@@ -16,7 +16,7 @@ from ttrl.checkpoint import CheckpointStore
 from ttrl.config.schema import Recipe
 from ttrl.evaluate.evaluator import Evaluation
 from ttrl.metrics import MetricSet, require_finite
-from ttrl.protocols import Trainer
+from ttrl.protocols import Reward, StatefulReward, Trainer
 from ttrl.rundir import CHECKPOINTS, EVAL, GROUPS, METRICS, MODEL, RunDir
 from ttrl.seeds import generator
 from ttrl.sinks import Sink
@@ -147,14 +147,19 @@ class Journal:
             sink.phase(name)
         yield
 
-    def checkpoint(self, trainer: Trainer, progress: Progress) -> Path:
-        """Weights, optimizer and progress; atomic."""
-        return self._store.save(progress.step, {"progress": progress.to_json()}, trainer.save)
+    def checkpoint(self, trainer: Trainer, reward: Reward, progress: Progress) -> Path:
+        """Weights, optimizer, what the reward remembers, and progress; atomic."""
+        state = {"progress": progress.to_json()}
+        if isinstance(reward, StatefulReward):
+            state["reward"] = dict(reward.state())
+        return self._store.save(progress.step, state, trainer.save)
 
-    def resume(self, trainer: Trainer) -> Progress:
+    def resume(self, trainer: Trainer, reward: Reward) -> Progress:
         """Load the newest undamaged checkpoint and cut the logs back to it. Raises ConfigError when there is none."""
         folder, state = self._store.latest()
         trainer.load(folder)
+        if isinstance(reward, StatefulReward) and "reward" in state:
+            reward.load_state(state["reward"])
         self._run.cut_back(int(state["step"]))
         return Progress.from_json(state["progress"])
 

@@ -5,13 +5,15 @@ Labels do not occur here. Evaluators are closed boxes that return numbers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from ttrl.contract import Blame, check_samples, check_scored
 from ttrl.errors import GuardStop
 from ttrl.journal import Journal, Progress, StepClock
 from ttrl.metrics import MetricSet
-from ttrl.protocols import RewardContext
+from ttrl.protocols import Reward, RewardContext, StatefulReward
 from ttrl.seeds import derive
 from ttrl.setup import Parts
 from ttrl.stepmetrics import reward_metrics, rollout_metrics
@@ -34,17 +36,18 @@ def train(parts: Parts, journal: Journal, progress: Progress) -> None:
         with clock("rollout"):
             groups = parts.sampler(prompts, parts.pool, parts.spec, derive(recipe.seed, "rollout", step))
         metrics.merge(rollout_metrics(groups))
-        with clock("reward"):
-            scored = [score(parts, group, step) for group in groups]
-        metrics.merge(reward_metrics(scored, progress.flips(scored)))
-        samples = [sample for item in admit(parts, scored, metrics) for sample in to_samples(parts, item)]
-        with clock("train"):
-            stats = update(parts, step, samples)
-        if stats is not None:
-            with clock("sync"):
-                must_move = stats.grad_norm > 0 and recipe.model.dtype == "float32"
-                parts.pool.sync(parts.trainer.version, parts.trainer.weights(), must_move=must_move)
-        progress.advance(scored, stats)
+        with remembered(parts.reward):
+            with clock("reward"):
+                scored = [score(parts, group, step) for group in groups]
+            metrics.merge(reward_metrics(scored, progress.flips(scored)))
+            samples = [sample for item in admit(parts, scored, metrics) for sample in to_samples(parts, item)]
+            with clock("train"):
+                stats = update(parts, step, samples)
+            if stats is not None:
+                with clock("sync"):
+                    must_move = stats.grad_norm > 0 and recipe.model.dtype == "float32"
+                    parts.pool.sync(parts.trainer.version, parts.trainer.weights(), must_move=must_move)
+            progress.advance(scored, stats)
         journal.step(step, metrics, stats, clock, scored)
         if progress.empty_steps >= recipe.max_empty_steps:
             raise GuardStop(
@@ -54,7 +57,19 @@ def train(parts: Parts, journal: Journal, progress: Progress) -> None:
         if last or (recipe.eval.every and progress.step % recipe.eval.every == 0):
             evaluate(parts, journal, progress)
         if last or (recipe.checkpoint.every and progress.step % recipe.checkpoint.every == 0):
-            journal.checkpoint(parts.trainer, progress)
+            journal.checkpoint(parts.trainer, parts.reward, progress)
+
+
+@contextmanager
+def remembered(reward: Reward) -> Iterator[None]:
+    """What a reward learned in a step that did not complete is forgotten: the step will be done again after a resume."""
+    before = copy.deepcopy(dict(reward.state())) if isinstance(reward, StatefulReward) else None
+    try:
+        yield
+    except BaseException:
+        if before is not None and isinstance(reward, StatefulReward):
+            reward.load_state(before)
+        raise
 
 
 def score(parts: Parts, group: Group, step: int) -> Scored:

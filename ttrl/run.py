@@ -66,7 +66,7 @@ def _run(
     outcome, progress = Outcome(), Progress()
     with _sinks_closed(recipe, directory, console) as journal:
         if resume:
-            progress = journal.resume(parts.trainer)
+            progress = journal.resume(parts.trainer, parts.reward)
             outcome.seconds_before = float(directory.summary().get("seconds", 0.0))
             if progress.step:
                 parts.pool.sync(parts.trainer.version, parts.trainer.weights(), must_move=False)
@@ -80,14 +80,14 @@ def _run(
             outcome.status = COMPLETED
         except (StopRequested, GuardStop) as stop:
             outcome.status, outcome.reason, outcome.guard = STOPPED, str(stop), isinstance(stop, GuardStop)
-            journal.checkpoint(parts.trainer, progress)
+            journal.checkpoint(parts.trainer, parts.reward, progress)
         finally:
             error = sys.exc_info()[1]
             if error is not None:
                 outcome.reason = f"{type(error).__name__}: {error}"
             if outcome.status != FAILED:
                 journal.export(parts.trainer)
-            _conclude(recipe, directory, progress, outcome)
+            _conclude(checked, directory, progress, outcome)
     return outcome
 
 
@@ -102,8 +102,9 @@ def _sinks_closed(recipe: Recipe, directory: RunDir, console: Console) -> Iterat
             sink.close()
 
 
-def _conclude(recipe: Recipe, directory: RunDir, progress: Progress, outcome: Outcome) -> None:
+def _conclude(checked: Checked, directory: RunDir, progress: Progress, outcome: Outcome) -> None:
     """ledger.jsonl, summary.json, report.html."""
+    recipe = checked.recipe
     pair = progress.first_and_last("adapted")
     entries = ledger(*pair) if pair is not None and pair[1] is not None else []  # type: ignore[arg-type]
     directory.write_lines(LEDGER, [entry.record() for entry in entries])
@@ -112,6 +113,7 @@ def _conclude(recipe: Recipe, directory: RunDir, progress: Progress, outcome: Ou
         "reason": outcome.reason,
         "name": recipe.name,
         "steps": progress.step,
+        "labels_in_training": checked.labels_in_training,
         "initial": _estimates(progress, "adapted", 0),
         "final": _estimates(progress, "adapted", 1),
         "change": _changes(progress, "adapted", recipe.seed),
