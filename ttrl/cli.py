@@ -92,13 +92,16 @@ def evaluate_command(
 
 @app.command()
 def check(recipe: RecipeArgument, overrides: Overrides = None) -> None:
-    """Find every mistake in a recipe, its plug-ins and its data without loading a model."""
+    """Find every mistake in a recipe, its plug-ins and its data without loading a model; warn of rewards that cannot work."""
     from ttrl.config import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
+    from ttrl.lint import lint_recipe
     from ttrl.setup import check_recipe
 
     checked = check_recipe(loaded)
+    for finding in lint_recipe(loaded, checked.reward):
+        typer.echo(f"warning ({finding.code}): {finding.message}", err=True)
     typer.echo(
         f"{loaded.name}: ok, {len(checked.records)} prompts, {len(checked.heldout)} held-out prompts, {loaded.steps} steps"
     )
