@@ -77,7 +77,6 @@ def test_thresholds_that_ask_for_more_votes() -> None:
     assert findings("majority_vote", votes=2) == ["votes"]  # two votes agree, or tie: nothing to learn from either
     assert findings("majority_vote", votes=4, min_confidence=0.95) == ["votes"]
     assert findings("selective", votes=3) == ["votes"]
-    assert findings("majority_vote", min_share=1.0) == ["no-signal"]  # only the unanimous train, and all get the same
 
 
 class Shaped(SoftVote):
