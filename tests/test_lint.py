@@ -9,10 +9,12 @@ import pytest
 from test_run import ttrl as command
 
 from ttrl.config import Plug, load_recipe
+from ttrl.config.load import shipped_recipes
 from ttrl.lint import answer_writer, lint, lint_recipe
-from ttrl.registry import build
+from ttrl.registry import BUILT_IN, build
 from ttrl.rewards.reader import AnswerReader
 from ttrl.rewards.soft import FrequencyEntropy, SoftVote
+from ttrl.setup import check_recipe
 
 
 def findings(use: str, votes: int = 16, trained: int | None = None, advantage: str = "grpo", **options: Any) -> list[str]:  # fmt: skip
@@ -143,6 +145,21 @@ def test_the_linter_leaves_the_reward_alone() -> None:
     reward = build("reward", Plug(use="frozen"))
     codes(reward)
     assert reward.state() == {"labels": {}}
+
+
+LAB = sorted(name for name in shipped_recipes() if name.startswith("lab/"))
+
+
+@pytest.mark.parametrize("name", LAB)
+def test_the_lab_recipes_warn_where_they_should(name: str) -> None:
+    recipe = load_recipe(name)
+    expected = {"lab/ttrv-published": {"cancels"}, "lab/control-random": {"phantom"}}
+    assert {f.code for f in lint_recipe(recipe, check_recipe(recipe).reward)} == expected.get(name, set())
+
+
+def test_every_reward_has_a_lab_recipe() -> None:
+    shown = {load_recipe(name).reward.use for name in LAB}
+    assert shown == set(BUILT_IN["reward"])
 
 
 def test_check_prints_warnings_and_still_says_ok() -> None:
