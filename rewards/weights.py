@@ -75,7 +75,7 @@ def perplexity_consistency(
     return weights
 
 
-def prune(probabilities: Sequence[float], *, rounds: int = 200) -> list[bool]:
+def prune(probabilities: Sequence[float], *, rounds: int = 100) -> list[bool]:
     """[n] which paths stay: drop those below the mean that a mixture of two Weibulls gives to its lower component (RPC's pruning).
 
     w in [.2, .8], shapes >= .01, fitted by EM. Started from the split at the mean instead of the reference's fixed point, so the
@@ -95,7 +95,7 @@ def prune(probabilities: Sequence[float], *, rounds: int = 200) -> list[bool]:
         upper, lower = _log_weibull(x, high), _log_weibull(x, 1 - high)
         odds = np.clip(lower + math.log(1 - weight) - upper - math.log(weight), -700, 700)
         updated = 1 / (1 + np.exp(odds))
-        if np.max(np.abs(updated - high)) < 1e-9:
+        if np.max(np.abs(updated - high)) < 1e-6:
             break
         high = updated
     # A density with a heavy left tail may claim the smallest values for the upper component: sides are told apart by their mean
@@ -106,16 +106,21 @@ def prune(probabilities: Sequence[float], *, rounds: int = 200) -> list[bool]:
 
 
 def _log_weibull(x: Weights, weights: Weights) -> Weights:
-    """[n] log-density of the weighted maximum-likelihood Weibull; its shape is found by bisection of the score in [.01, 100]."""
+    """[n] log-density of the weighted maximum-likelihood Weibull; Newton on its score, which rises with the shape."""
     total, log_x = max(float(weights.sum()), 1e-12), np.log(x)
-    mean_log = float(weights @ log_x) / total
-    low, high = 0.01, 100.0
-    for _ in range(60):
-        shape = math.sqrt(low * high)
-        powers = weights * np.exp(shape * (log_x - log_x.max()))
-        rising = float(powers @ log_x) / max(float(powers.sum()), 1e-300) - 1 / shape - mean_log
-        low, high = (shape, high) if rising < 0 else (low, shape)
-    shape = min(shape, 50.0)  # a component of near-equal values would become a spike
+    mean_log, top = float(weights @ log_x) / total, float(log_x.max())
+    shape = 1.0
+    for _ in range(40):
+        powers = weights * np.exp(shape * (log_x - top))
+        powers /= max(float(powers.sum()), 1e-300)
+        mean = float(powers @ log_x)
+        score = mean - 1 / shape - mean_log
+        slope = float(powers @ (log_x - mean) ** 2) + 1 / shape**2
+        # At most half or double per step; a component of near-equal values must not become a spike
+        new = min(max(shape - score / slope, shape / 2, 0.01), shape * 2, 50.0)
+        if abs(new - shape) < 1e-9 * shape:
+            break
+        shape = new
     log_scale = math.log(max(float(weights @ np.exp(shape * log_x)) / total, 1e-300)) / shape
     return np.asarray(
         math.log(shape) - log_scale + (shape - 1) * (log_x - log_scale) - np.exp(shape * (log_x - log_scale))

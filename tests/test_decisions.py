@@ -260,14 +260,14 @@ def test_ten_thousand_shuffles_of_random_groups_give_one_label() -> None:
         assert len(outcomes) == 1
 
 
-def test_ten_thousand_shuffles_of_answers_give_one_label_ties_by_seed_included() -> None:
+def test_two_thousand_shuffles_of_answers_give_one_label_ties_by_seed_included() -> None:
     """As text: equal answers are written differently, and classes are numbered anew for every order."""
     rng, reader = np.random.default_rng(1), AnswerReader("math", {})
     forms = ["1/2", "0.5", r"\frac12", "7", "7.0", "dog", "(1,2)", "2,1", None]
     for seed in range(100):
         answers = [forms[i] for i in rng.integers(0, len(forms), size=int(rng.integers(2, 17)))]
         labels = set()
-        for _ in range(100):
+        for _ in range(20):
             classes, names = reader.classes([answers[i] for i in rng.permutation(len(answers))])
             for ties in ("abstain", "random"):
                 winner = decide(classes, ties=ties, tie_seed=seed).winner
