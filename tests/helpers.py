@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -58,12 +59,19 @@ def make_rollout(
 
 
 def make_group(
-    texts: Sequence[str], *, finishes: Sequence[Finish] | None = None, trainable: Sequence[bool] | None = None
-) -> Group:
+    texts: Sequence[str], *, finishes: Sequence[Finish] | None = None, trainable: Sequence[bool] | None = None,
+    entropies: Sequence[float] | None = None, identifier: str = "p",
+) -> Group:  # fmt: skip
     finishes = finishes or [Finish.STOP] * len(texts)
+    rollouts = [make_rollout(t, i, finish=f) for i, (t, f) in enumerate(zip(texts, finishes, strict=True))]
+    if entropies is not None:
+        rollouts = [
+            replace(r, entropy=np.full(len(r.token_ids), e, np.float32))
+            for r, e in zip(rollouts, entropies, strict=True)
+        ]
     return Group(
-        prompt=make_prompt(),
-        rollouts=tuple(make_rollout(t, i, finish=f) for i, (t, f) in enumerate(zip(texts, finishes, strict=True))),
+        prompt=make_prompt(identifier),
+        rollouts=tuple(rollouts),
         trainable=np.asarray([True] * len(texts) if trainable is None else trainable, dtype=np.bool_),
     )
 

@@ -131,7 +131,9 @@ def test_options_are_checked_against_the_signature_all_at_once() -> None:
 
 
 def test_literals_of_a_built_in_are_checked() -> None:
-    with pytest.raises(ConfigError, match="option 'ties': Input should be 'abstain' or 'random', got 'first'"):
+    with pytest.raises(
+        ConfigError, match="option 'ties': Input should be 'abstain', 'random' or 'shortest', got 'first'"
+    ):
         check("reward", plug("majority_vote", ties="first"))
 
 

@@ -109,7 +109,7 @@ def check(
         list[str] | None, typer.Argument(help="changes to the recipe, or options of the reward")
     ] = None,
 ) -> None:
-    """Find every mistake in a recipe, its plug-ins and its data without loading a model; or test a reward of your own."""
+    """Find every mistake in a recipe, its plug-ins and its data without a model; or test a reward of your own."""
     from ttrl.authoring import check_reward, is_reward
 
     if is_reward(target):
@@ -126,9 +126,12 @@ def check(
     from ttrl.config import load_recipe
 
     loaded = load_recipe(target, overrides or [])
+    from ttrl.lint import lint_recipe
     from ttrl.setup import check_recipe
 
     checked = check_recipe(loaded)
+    for warning in lint_recipe(loaded, checked.reward):
+        typer.echo(f"warning ({warning.code}): {warning.message}", err=True)
     typer.echo(
         f"{loaded.name}: ok, {len(checked.records)} prompts, {len(checked.heldout)} held-out prompts, {loaded.steps} steps"
     )

@@ -19,7 +19,7 @@ from ttrl.config.schema import Recipe
 from ttrl.evaluate.book import EvaluationBook
 from ttrl.evaluate.evaluator import Evaluation
 from ttrl.metrics import MetricSet, require_finite
-from ttrl.protocols import Trainer
+from ttrl.protocols import Reward, StatefulReward, Trainer
 from ttrl.rundir import CHECKPOINTS, EVAL, GROUPS, METRICS, MODEL, SUMMARY, RunDir
 from ttrl.seeds import generator
 from ttrl.sinks import Sink
@@ -141,16 +141,19 @@ class Journal:
             sink.phase(name)
         yield
 
-    def checkpoint(self, trainer: Trainer, progress: Progress) -> Path:
-        """Weights, optimizer, progress and evaluations; atomic."""
+    def checkpoint(self, trainer: Trainer, reward: Reward, progress: Progress) -> Path:
+        """Weights, optimizer, what the reward remembers, progress and evaluations; atomic."""
 
         def write(folder: Path) -> None:
             trainer.save(folder)
             self.book.save(folder)
 
-        return self._store.save(progress.step, {"progress": progress.to_json()}, write)
+        state = {"progress": progress.to_json()}
+        if isinstance(reward, StatefulReward):
+            state["reward"] = dict(reward.state())
+        return self._store.save(progress.step, state, write)
 
-    def resume(self, trainer: Trainer) -> Progress:
+    def resume(self, trainer: Trainer, reward: Reward) -> Progress:
         """Load the newest undamaged checkpoint and cut the logs back to it; without any checkpoint start from the beginning.
 
         Raises ConfigError when there are checkpoints and all of them are damaged.
@@ -162,6 +165,8 @@ class Journal:
         folder, state = self._store.latest()
         trainer.load(folder)
         self.book.load(folder)
+        if isinstance(reward, StatefulReward) and "reward" in state:
+            reward.load_state(state["reward"])
         self._run.cut_back(int(state["step"]))
         return Progress.from_json(state["progress"])
 

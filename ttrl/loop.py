@@ -5,14 +5,16 @@ Labels do not occur here. Evaluators are closed boxes that return numbers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 from ttrl.contract import Blame, check_samples, check_scored
 from ttrl.errors import EngineError, GuardStop
 from ttrl.journal import Journal, Progress, StepClock
 from ttrl.metrics import MetricSet
-from ttrl.protocols import RewardContext
+from ttrl.protocols import Reward, RewardContext, StatefulReward
 from ttrl.seeds import derive
 from ttrl.setup import Parts
 from ttrl.stepmetrics import reward_metrics, rollout_metrics
@@ -38,16 +40,17 @@ def train(parts: Parts, journal: Journal, progress: Progress) -> None:
             groups = parts.sampler(prompts, parts.pool, parts.spec, derive(recipe.seed, "rollout", step))
             groups = [probe(parts, group) for group in groups]
         metrics.merge(rollout_metrics(groups, recipe.rollout.votes_per_prompt))
-        with clock("reward"):
-            scored = [score(parts, group, step) for group in groups]
-        metrics.merge(reward_metrics(scored, progress.flips(scored)))
-        samples = [sample for item in admit(parts, scored, metrics) for sample in to_samples(parts, item)]
-        with clock("train"), parts.pool.released():
-            stats = update(parts, step, samples)
-        if stats is not None:
-            with clock("sync"):
-                sync(parts, stats)
-        progress.advance(scored, stats, clock.total())
+        with remembered(parts.reward):
+            with clock("reward"):
+                scored = [score(parts, group, step) for group in groups]
+            metrics.merge(reward_metrics(scored, progress.flips(scored)))
+            samples = [sample for item in admit(parts, scored, metrics) for sample in to_samples(parts, item)]
+            with clock("train"), parts.pool.released():
+                stats = update(parts, step, samples)
+            if stats is not None:
+                with clock("sync"):
+                    sync(parts, stats)
+            progress.advance(scored, stats, clock.total())
         journal.step(step, metrics, stats, clock, scored)
         if progress.empty_steps >= recipe.max_empty_steps:
             raise GuardStop(
@@ -55,7 +58,19 @@ def train(parts: Parts, journal: Journal, progress: Progress) -> None:
             )
         evaluate_if_due(parts, journal, progress)
         if is_due(progress.step, recipe.checkpoint.every, recipe.steps):
-            journal.checkpoint(parts.trainer, progress)
+            journal.checkpoint(parts.trainer, parts.reward, progress)
+
+
+@contextmanager
+def remembered(reward: Reward) -> Iterator[None]:
+    """What a reward learned in a step that did not complete is forgotten: the step will be done again after a resume."""
+    before = copy.deepcopy(dict(reward.state())) if isinstance(reward, StatefulReward) else None
+    try:
+        yield
+    except BaseException:
+        if before is not None and isinstance(reward, StatefulReward):
+            reward.load_state(before)
+        raise
 
 
 def is_due(step: int, every: int, steps: int) -> bool:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
 
 from ttrl.metrics import MetricSet
 from ttrl.types import (
@@ -107,10 +110,41 @@ class Reward(Protocol):
     """Pseudo-label and rewards of one whole group. Sees groups and only groups."""
 
     needs: frozenset[str]
-    """What the sampler must record for it, for example {"entropy"}."""
+    """What the sampler must record for it, for example {"entropy"}. {"labels"} asks for reference answers: see LabelledReward."""
     min_votes: int
 
     def __call__(self, group: Group, ctx: RewardContext) -> Scored: ...
+
+
+@runtime_checkable
+class ExplainedReward(Protocol):
+    """Optional: a reward that is a sum can show its terms. `ttrl check` then looks at each of them (see `ttrl.lint`)."""
+
+    def terms(self, group: Group, ctx: RewardContext) -> Mapping[str, npt.NDArray[np.floating]]:
+        """[V] per term, signed and scaled as they enter the sum. Must not change the state of the reward."""
+        ...
+
+
+@runtime_checkable
+class StatefulReward(Protocol):
+    """Optional: a reward that remembers something across steps. Checkpoints store it, so that a resumed run is exact."""
+
+    def state(self) -> Mapping[str, Any]:
+        """JSON-able."""
+        ...
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Continue as the reward that returned `state`."""
+        ...
+
+
+@runtime_checkable
+class LabelledReward(Protocol):
+    """A reward with {"labels"} in its needs. It is built and fed only under a recipe that says `allow_labels: true`."""
+
+    def take_labels(self, labels: Mapping[str, str]) -> None:
+        """Prompt id -> reference answer; called once, before the first group."""
+        ...
 
 
 class Gate(Protocol):
@@ -205,6 +239,7 @@ Phase = Callable[[str], AbstractContextManager[None]]
 """`with phase("rollout"):` measures a part of the step."""
 
 __all__ = [
-    "Classify", "Engine", "ForwardOut", "Gate", "LossOut", "Objective", "Phase", "Pool", "Reward", "RewardContext", "Sampler", "Source",
-    "Stabilizer", "StopCheck", "TensorBatch", "Trainer", "WeightSource", "WeightStamp",
+    "Classify", "Engine", "ExplainedReward", "ForwardOut", "Gate", "LabelledReward", "LossOut", "Objective", "Phase", "Pool",
+    "Reward", "RewardContext", "Sampler", "Source", "Stabilizer", "StatefulReward", "StopCheck", "TensorBatch", "Trainer",
+    "WeightSource", "WeightStamp",
 ]  # fmt: skip

@@ -28,7 +28,17 @@ BUILT_IN: dict[str, dict[str, str]] = {
     "source": {"epoch": "ttrl.sources:EpochSource"},
     "sampler": {"adaptive": "ttrl.rollout.adaptive:AdaptiveSampler", "flat": "ttrl.rollout.flat:FlatSampler"},
     "engine": {"hf": "ttrl.rollout.engines:hf", "scripted": "ttrl.rollout.engines:scripted"},
-    "reward": {"majority_vote": "ttrl.rewards.majority:MajorityVote", "trl": "ttrl.rewards.trl:TRLReward"},
+    "reward": {
+        "majority_vote": "ttrl.rewards.majority:MajorityVote",
+        "soft_vote": "ttrl.rewards.soft:SoftVote",
+        "frequency_entropy": "ttrl.rewards.soft:FrequencyEntropy",
+        "selective": "ttrl.rewards.selective:Selective",
+        "random": "ttrl.rewards.controls:Random",
+        "incorrect": "ttrl.rewards.controls:Incorrect",
+        "frozen": "ttrl.rewards.controls:Frozen",
+        "gold": "ttrl.rewards.controls:Gold",
+        "trl": "ttrl.rewards.trl:TRLReward",
+    },
     "gate": {
         "vote_share": "ttrl.gates:VoteShare",
         "answered": "ttrl.gates:Answered",

@@ -22,7 +22,7 @@ from ttrl.journal import Journal, Progress
 from ttrl.loop import train
 from ttrl.report import write_report
 from ttrl.rundir import LEDGER, METRICS, RECIPE, SUMMARY, RunDir, check_unused
-from ttrl.setup import Parts, assemble, check_recipe
+from ttrl.setup import Checked, Parts, assemble, check_recipe
 from ttrl.sinks import open_sinks
 from ttrl.stamp import differences, from_comments, stamp, to_comments
 from ttrl.stopping import StopSwitch
@@ -66,15 +66,16 @@ def run(recipe: Recipe, *, resume: bool, console: Console) -> Outcome:
             directory = RunDir.create(folder)
             directory.write(RECIPE, to_comments(stamped) + recipe_to_yaml(recipe))
         with directory.locked():
-            return _run(recipe, parts, directory, resume=resume, console=console)
+            return _run(checked, parts, directory, resume=resume, console=console)
 
 
-def _run(recipe: Recipe, parts: Parts, directory: RunDir, *, resume: bool, console: Console) -> Outcome:
+def _run(checked: Checked, parts: Parts, directory: RunDir, *, resume: bool, console: Console) -> Outcome:
+    recipe = checked.recipe
     outcome, progress = Outcome(), Progress()
     with _journal(recipe, directory, console) as journal:
         try:
             if resume:
-                progress = journal.resume(parts.trainer)
+                progress = journal.resume(parts.trainer, parts.reward)
                 outcome.seconds_before = progress.seconds
                 parts.pool.sync(parts.trainer.version, parts.trainer.weights(), must_move=False)
                 console.print(f"resuming after step {progress.step}")
@@ -82,14 +83,14 @@ def _run(recipe: Recipe, parts: Parts, directory: RunDir, *, resume: bool, conso
             journal.export(parts.trainer)
             outcome.status = COMPLETED
         except (StopRequested, GuardStop) as stop:
-            journal.checkpoint(parts.trainer, progress)
+            journal.checkpoint(parts.trainer, parts.reward, progress)
             journal.export(parts.trainer)
             outcome.status, outcome.reason, outcome.guard = STOPPED, str(stop), isinstance(stop, GuardStop)
         finally:
             error = sys.exc_info()[1]
             if error is not None:
                 outcome.reason = f"{type(error).__name__}: {error}"
-            _conclude(recipe, directory, progress, journal.book, outcome)
+            _conclude(checked, directory, progress, journal.book, outcome)
     return outcome
 
 
@@ -104,8 +105,9 @@ def _journal(recipe: Recipe, directory: RunDir, console: Console) -> Iterator[Jo
             sink.close()
 
 
-def _conclude(recipe: Recipe, directory: RunDir, progress: Progress, book: EvaluationBook, outcome: Outcome) -> None:
+def _conclude(checked: Checked, directory: RunDir, progress: Progress, book: EvaluationBook, outcome: Outcome) -> None:
     """ledger.jsonl, summary.json, report.html."""
+    recipe = checked.recipe
     before, after = book.before("adapted"), book.after("adapted")
     entries = ledger(before, after) if before is not None and after is not None else []
     directory.write_lines(LEDGER, [entry.record() for entry in entries])
@@ -114,6 +116,7 @@ def _conclude(recipe: Recipe, directory: RunDir, progress: Progress, book: Evalu
         "reason": outcome.reason,
         "name": recipe.name,
         "steps": progress.step,
+        "labels_in_training": checked.labels_in_training,
         **_comparison(book, "adapted", recipe.seed),
         "ledger": totals(entries) if entries else None,
         "heldout": _comparison(book, "heldout", recipe.seed) if recipe.eval.heldout is not None else None,

@@ -15,9 +15,21 @@ from typing import Any
 from ttrl.config.schema import Plug, PromptSet, Recipe
 from ttrl.errors import ConfigError
 from ttrl.evaluate.evaluator import Evaluator, check_labels
+from ttrl.evaluate.labels import read_labels
 from ttrl.model_path import check_model_path
 from ttrl.prompts import PromptRecord, check_room, read_prompts, tokenize
-from ttrl.protocols import Engine, Gate, Objective, Reward, Sampler, Source, Stabilizer, StopCheck, Trainer
+from ttrl.protocols import (
+    Engine,
+    Gate,
+    LabelledReward,
+    Objective,
+    Reward,
+    Sampler,
+    Source,
+    Stabilizer,
+    StopCheck,
+    Trainer,
+)  # fmt: skip
 from ttrl.registry import build, check, resolve
 from ttrl.rewards.reader import AnswerReader
 from ttrl.rollout.pool import LocalPool
@@ -36,6 +48,8 @@ class Checked:
     source: Source
     reward: Reward
     reader: AnswerReader
+    labels_in_training: bool
+    """The reward was given reference answers: an upper bound, not a label-free run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,11 +108,15 @@ def check_recipe(recipe: Recipe) -> Checked:
         )
         if recipe.eval.labels is not None:
             attempt(lambda: check_labels(str(recipe.eval.labels), [r.id for r in records[: recipe.eval.limit]]))
+    labelled = reward is not None and "labels" in reward.needs
+    if labelled:
+        attempt(lambda: _hand_labels(recipe, reward, records or []))
     split = recipe.eval.heldout
     heldout = attempt(lambda: _heldout(recipe, split, records or [])) if split is not None else []
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(line for problem in problems for line in problem.split("\n"))))
-    return Checked(recipe=recipe, records=records, heldout=heldout, source=source, reward=reward, reader=reader)
+    return Checked(recipe=recipe, records=records, heldout=heldout, source=source, reward=reward, reader=reader,
+                   labels_in_training=labelled)  # fmt: skip
 
 
 def assemble(checked: Checked, check_stop: StopCheck) -> Parts:
@@ -167,7 +185,7 @@ def _reward(recipe: Recipe) -> Reward:
         raise ConfigError(
             f"reward {recipe.reward.use!r} must be callable and have {', '.join(missing or ['__call__'])}"
         )
-    unknown = set(reward.needs) - {"entropy"}
+    unknown = set(reward.needs) - {"entropy", "labels"}
     if unknown:
         raise ConfigError(f"reward {recipe.reward.use!r} needs {sorted(unknown)}; rollouts can carry: entropy")
     return reward
@@ -193,6 +211,20 @@ def build_sampler(recipe: Recipe, reward: Reward, reader: AnswerReader) -> Sampl
     plug = rollout.sampler.model_copy(update={"options": {**inherited, **rollout.sampler.options}})
     sampler: Sampler = build("sampler", plug, rollout.votes_per_prompt, rollout.trained, classify)
     return sampler
+
+
+def _hand_labels(recipe: Recipe, reward: Reward, records: Sequence[PromptRecord]) -> None:
+    """The one way for labels into training. Raises ConfigError unless the recipe asks for it in so many words."""
+    if not recipe.allow_labels:
+        raise ConfigError(
+            f"reward {recipe.reward.use!r} trains on reference answers, so the run is not label-free; "
+            "if that is what you want, for an upper bound, set allow_labels: true at the top level of the recipe"
+        )
+    if recipe.eval.labels is None:
+        raise ConfigError(f"reward {recipe.reward.use!r} needs labels; name their file in eval.labels")
+    if not isinstance(reward, LabelledReward):
+        raise ConfigError(f"reward {recipe.reward.use!r} needs labels but has no method take_labels(labels)")
+    reward.take_labels(read_labels(recipe.eval.labels, [record.id for record in records]))
 
 
 def _plugs(recipe: Recipe) -> list[tuple[str, Plug]]:

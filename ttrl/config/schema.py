@@ -197,6 +197,9 @@ class Recipe(Section):
     data: DataSection
     rollout: RolloutSection = RolloutSection()
     reward: Plug = _plug("majority_vote")
+    allow_labels: bool = Field(
+        False, description="let a reward such as gold train on eval.labels; the run is marked and is not label-free"
+    )
     gates: tuple[Plug, ...] = ()
     objective: Plug = _plug("grpo")
     stabilizers: tuple[Plug, ...] = ()

@@ -58,7 +58,7 @@ def _content(run: RunDir) -> dict[str, Any]:
         "measured": summary.get("measured_after_steps", []),
         "cards": _cards(headlines),
         "heldout": _headlines(summary.get("heldout") or {}),
-        "trained_on": _trained_on(recipe),
+        "trained_on": _trained_on(recipe, labels=bool(summary.get("labels_in_training", recipe.allow_labels))),
         "parts": _parts(recipe),
         "figures": _figures(metrics, list(run.lines(EVAL)), summary),
         "ledger": sorted(entries, key=lambda e: (_ORDER.index(e["verdict"]), e["p_value"]))[:MAX_LEDGER_ROWS],
@@ -129,12 +129,17 @@ def _show(estimate: Mapping[str, Any] | None, *, sign: bool = False) -> str:
     return f"{estimate['value']:{form}}{interval}"
 
 
-def _trained_on(recipe: Recipe) -> str:
+def _trained_on(recipe: Recipe, *, labels: bool) -> str:
     data = Path(recipe.data.prompts).name
     text = (
         f"Trained on the prompts of {data}, without labels. The numbers above are on these same prompts: "
         "that is the test-time setting."
     )
+    if labels:
+        text = (
+            f"LABELS IN TRAINING: the reward saw the reference answers of {data}. This is an upper bound for label-free runs on "
+            "these prompts, not a label-free run, and the numbers above are on the prompts it was trained on."
+        )
     if recipe.eval.heldout is None:
         return text + " Nothing was held out, so the report cannot say whether the gain carries over to other prompts."
     return text + f" {Path(recipe.eval.heldout.prompts).name} was held out: never sampled for training."
