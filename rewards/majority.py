@@ -28,7 +28,7 @@ class MajorityVote:
     def __init__(
         self,
         *,
-        extractor: Literal["math", "number", "choice", "label"] = "math",
+        extractor: str = "math",
         options: dict[str, Any] | None = None,
         ties: Literal["abstain", "random"] = "abstain",
         truncated_votes: bool = False,
@@ -41,7 +41,8 @@ class MajorityVote:
 
     def __call__(self, group: Group, ctx: RewardContext) -> Scored:
         answers = self.reader.read(group.rollouts)
-        numbered, forms = self.reader.classes(answers)
+        grades = self.reader.grade(answers)
+        numbered, forms = grades.classes, grades.forms
         decision = decide(
             numbered, ties=self._ties, min_share=self._min_share, min_margin=self._min_margin, tie_seed=ctx.seed
         )
@@ -56,5 +57,6 @@ class MajorityVote:
             label=label,
             share=decision.share,
             margin=decision.margin,
+            metrics={"grading_timeouts": grades.timeouts, "grading_gated": grades.gated},
             trace=(decision.reason,),
         )

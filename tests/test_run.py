@@ -257,7 +257,8 @@ def test_eval_command_measures_any_model_with_and_without_labels(finished, tmp_p
     folder = bundled("bundled:tiny-adder")
     prompts.write_text("".join((folder / "train.prompts.jsonl").read_text().splitlines(keepends=True)[:4]))
     result = ttrl("eval", "bundled:tiny-adder", "--prompts", prompts, "--labels", folder / "train.labels.jsonl",
-                  "--template", "raw", "--samples", 4, "--k", "1,4", "--max-new-tokens", 48, "--output", tmp_path / "e.json")  # fmt: skip
+                  "--template", "raw", "--samples", 4, "--k", "1,4", "--max-new-tokens", 48,
+                  "--output", tmp_path / "e.json")  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "pass@1" in result.stdout
     measured = json.loads((tmp_path / "e.json").read_text())
