@@ -6,8 +6,9 @@ an answer depends on that answer alone, so neither the order of the votes nor th
 whom. Comparing pairs with math-verify's `verify` would have none of this: it finds `(1,2)` ~ `1,2` ~ `2,1` and `0.5` ~ `50%` ~ `50`.
 
 The key keeps what `verify` forgets: brackets, the order of tuples and lists (not of sets and unions), and `%`. Plain numbers and
-words are their own key. Only what is left, single expressions such as `\\sqrt{8}`, is read by math-verify's parser and
-evaluated, once per distinct expression, in the sandbox, behind the cost gate: work grows with distinct answers, not with votes. An
+words are their own key. Only what is left, single expressions such as `\\ln 8`, is evaluated, once per distinct expression and
+behind the cost gate: simple arithmetic here (`arithmetic.py`), the rest as read by math-verify's parser in the sandbox. Work grows
+with distinct answers, not with votes. An
 expression that the gate refuses, that cannot be read or that hits a limit is its own text: it equals its own spelling only.
 """
 
@@ -19,6 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ttrl.rewards.arithmetic import quick_key
 from ttrl.rewards.canonical import MAX_DIGITS, MAX_LENGTH, canonical, encloses, split_members
 from ttrl.rewards.gate import Verdict, judge
 from ttrl.rewards.sandbox import Outcome, shared_sandbox
@@ -166,8 +168,9 @@ def _evaluate(leaves: Iterable[str]) -> dict[str, Outcome]:
         known = {leaf: _remembered[leaf] for leaf in wanted if leaf in _remembered}
     missing = [leaf for leaf in wanted if leaf not in known]
     if missing:
-        outcomes = shared_sandbox().run([("math", leaf) for leaf in missing])
-        fresh = dict(zip(missing, outcomes, strict=True))
+        fresh = {leaf: Outcome(key=key) for leaf in missing if (key := quick_key(leaf)) is not None}
+        hard = [leaf for leaf in missing if leaf not in fresh]
+        fresh.update(zip(hard, shared_sandbox().run([("math", leaf) for leaf in hard]) if hard else [], strict=True))
         with _remembering:
             if len(_remembered) + len(fresh) > MAX_REMEMBERED:
                 _remembered.clear()

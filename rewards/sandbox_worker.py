@@ -19,6 +19,7 @@ import resource
 import select
 import signal
 import sys
+from decimal import ROUND_HALF_EVEN, Context, Decimal
 from fractions import Fraction
 from typing import Any
 
@@ -125,7 +126,8 @@ def _real_key(part: Any, other: Any) -> str:
     simple = number.limit_denominator(1_000_000)
     if simple and abs(number - simple) * 10**45 <= abs(simple):
         return str(simple)
-    return "~" + str(sympy.Float(part, DIGITS))
+    context = Context(prec=DIGITS, rounding=ROUND_HALF_EVEN)
+    return "~" + str(context.plus(Decimal(str(part))).normalize(context))
 
 
 def regex_match(pattern: str, group: str, text: str) -> str | None:
