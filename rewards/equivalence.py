@@ -140,7 +140,9 @@ def _key(form: str, values: Mapping[str, str], depth: int = 0) -> Key:
             if opening == "\\{":
                 inner = sorted(set(inner), key=repr)
             return (opening + closing or "list", *inner)
-    return values.get(form, form)
+    value = values.get(form, form)
+    # A model that writes what a key looks like ("oo") must not meet it; rational values are meant to meet plain numbers
+    return value if value == form or _PLAIN.fullmatch(value) else ("value", value)
 
 
 def _split_union(form: str) -> list[str]:

@@ -69,28 +69,33 @@ class Sandbox:
             # Starting a server costs seconds, so a second one starts only for work worth splitting
             used = min(len(self._slots), max(1, len(tasks) // 4))
             outcomes: list[Outcome] = [Outcome(timed_out=True)] * len(tasks)
-            asked = []
-            for slot in range(used):
-                share = list(range(slot, len(tasks), used))
-                asked.append((slot, share, self._ask(slot, [tasks[i] for i in share])))
-            for slot, share, sent in asked:
-                answers = self._collect(slot, len(share)) if sent else None
-                for position, index in enumerate(share):
-                    if answers is not None and "key" in answers[position]:
-                        outcomes[index] = Outcome(key=answers[position]["key"])
+            try:
+                shares = [(slot, range(slot, len(tasks), used)) for slot in range(used)]
+                sent = {slot: self._ask(slot, [tasks[i] for i in share]) for slot, share in shares}
+                for slot, share in shares:
+                    answers = self._collect(slot, len(share)) if sent[slot] else None
+                    for position, index in enumerate(share):
+                        if answers is not None and "key" in answers[position]:
+                            outcomes[index] = Outcome(key=answers[position]["key"])
+            except BaseException:  # Ctrl-C or a caller's alarm: a reply left in a pipe would answer the next question
+                self._drop()
+                raise
             return outcomes
 
     def close(self) -> None:
         """Ends the servers. The next task starts new ones."""
         with self._lock:
-            for server in self._slots:
-                if server is not None and self._owner == os.getpid():
-                    server.kill()
-            self._slots = [None] * len(self._slots)
+            self._drop()
 
     def pids(self) -> list[int]:
         """Process ids of the servers that are running."""
         return [server.process.pid for server in self._slots if server is not None]
+
+    def _drop(self) -> None:
+        for server in self._slots:
+            if server is not None and self._owner == os.getpid():
+                server.kill()
+        self._slots = [None] * len(self._slots)
 
     def _ask(self, slot: int, tasks: list[Task]) -> bool:
         server = self._slots[slot]
@@ -98,12 +103,7 @@ class Sandbox:
             if server is not None:
                 server.kill()
             server = self._slots[slot] = _Server()
-            try:
-                server.await_ready(self._start_seconds)
-            except BaseException:
-                server.kill()
-                self._slots[slot] = None
-                raise
+            server.await_ready(self._start_seconds)
         return server.send({"tasks": tasks, "limits": asdict(self.limits)})
 
     def _collect(self, slot: int, count: int) -> list[dict[str, str | None]] | None:

@@ -66,6 +66,7 @@ TWO_CLASSES = [
     ("5cm", "5m"),
     ("5cm", "5"),
     (r"\pm 2", "2"),
+    (r"\infty", "oo"),  # how a key looks is not how it is reached
     (r"\sqrt{x^2}", "x"),
     ("(1,2)", "2,1"),
     ("(1,2)", "(2,1)"),
