@@ -50,6 +50,8 @@ class Ballot:
     """Canonical text per class."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
     """Per-rollout arguments of `decide`: weights, lengths."""
+    grading: Mapping[str, float] = field(default_factory=dict)
+    """Votes that the limits of grading kept apart; part of every reward's metrics."""
 
     @property
     def answered(self) -> npt.NDArray[np.bool_]:
@@ -86,18 +88,21 @@ class Ballot:
         return Scored(
             group=self.group, rewards=np.asarray(rewards, np.float32), train=self.group.trainable & train,
             classes=np.asarray(self.classes, np.int32), answers=self.answers, label=label, share=share, margin=margin,
-            metrics=metrics or {}, trace=tuple(trace),
+            metrics={**self.grading, **(metrics or {})}, trace=tuple(trace),
         )  # fmt: skip
 
 
 def open_ballot(reader: AnswerReader, rule: VoteRule, group: Group) -> Ballot:
     """Read and classify the answers of a group, with the weights and lengths the rule asks for."""
     answers = reader.read(group.rollouts)
-    classes, forms = reader.classes(answers)
+    grades = reader.grade(answers)
     arguments: dict[str, Any] = {}
-    weights = vote_weights(rule.weights, group.rollouts, classes)
+    weights = vote_weights(rule.weights, group.rollouts, grades.classes)
     if weights is not None:
         arguments["weights"] = weights.tolist()
     if rule.ties == "shortest":
         arguments["lengths"] = [len(r.token_ids) for r in group.rollouts]
-    return Ballot(group=group, answers=answers, classes=tuple(classes), forms=forms, arguments=arguments)
+    return Ballot(
+        group=group, answers=answers, classes=tuple(grades.classes), forms=grades.forms, arguments=arguments,
+        grading={"grading_timeouts": grades.timeouts, "grading_gated": grades.gated},
+    )  # fmt: skip

@@ -105,6 +105,8 @@ class Frozen:
         if new:
             self._labels[group.prompt.id] = ballot.form(ballot.decide(self._rule, ctx.seed).winner)
         label = self._labels[group.prompt.id]
+        if label is not None:  # a class may be named after another of its members today
+            label = self.reader.match_form(ballot.forms, label) or label
         share, margin = ballot.share_of(label)
         reason = "elected at this first visit" if new else "elected at the first visit"
         return ballot.scored(
@@ -146,6 +148,7 @@ class Gold:
             raise RuntimeError("gold was given no labels; it runs only under a recipe with allow_labels: true")
         ballot = open_ballot(self.reader, VoteRule(), group)
         label = self._labels[group.prompt.id]
+        label = self.reader.match_form(ballot.forms, label) or label
         share, margin = ballot.share_of(label)
         rewards = ballot.paid(label)
         return ballot.scored(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ttrl.rewards.equivalence import canonical, classes
-from ttrl.rewards.extract import extract
-from ttrl.types import NO_ANSWER, Rollout
+from ttrl.rewards.equivalence import Grades, canonical, grade, matching
+from ttrl.rewards.extract import extract, extract_all
+from ttrl.types import Rollout
 
 
 class AnswerReader:
@@ -24,26 +24,29 @@ class AnswerReader:
 
     def read(self, rollouts: Sequence[Rollout]) -> tuple[str | None, ...]:
         """[V] the answer of each rollout, or None."""
-        return tuple(
-            extract(rollout.text, self.kind, **self.options)
-            if rollout.finish.is_complete() or self._truncated_votes
-            else None
-            for rollout in rollouts
-        )
+        texts = [r.text if r.finish.is_complete() or self._truncated_votes else "" for r in rollouts]
+        return tuple(extract_all(texts, self.kind, **self.options))
+
+    def grade(self, answers: Sequence[str | None]) -> Grades:
+        """Classes, the canonical text per class, and how many votes the limits of grading kept apart."""
+        return grade(answers, self.kind)
 
     def classes(self, answers: Sequence[str | None]) -> tuple[list[int], tuple[str, ...]]:
         """Classes [V] numbered by their canonical text, and that text per class.
 
         Numbering by content keeps everything downstream independent of the order of the rollouts.
         """
-        raw = classes(answers, self.kind)
-        form_of = {
-            c: canonical(a, self.kind) for a, c in zip(answers, raw, strict=True) if a is not None and c != NO_ANSWER
-        }
-        forms = tuple(sorted(form_of.values()))
-        rank = {form: index for index, form in enumerate(forms)}
-        return [rank[form_of[c]] if c != NO_ANSWER else NO_ANSWER for c in raw], forms
+        grades = self.grade(answers)
+        return grades.classes, grades.forms
 
     def form(self, answer: str) -> str:
-        """The canonical text of one answer, as `classes` returns it."""
+        """The canonical text of one answer. A class is named after one of its members: compare with `match`, not with `==`."""
         return canonical(answer, self.kind)
+
+    def match(self, forms: Iterable[str], label: str) -> str | None:
+        """The one of `forms` (as `classes` returns them) that equals `label` (as written), or None."""
+        return self.match_form(forms, self.form(label))
+
+    def match_form(self, forms: Iterable[str], form: str) -> str | None:
+        """The one of `forms` that equals `form`, itself a canonical text, perhaps of another group; or None."""
+        return matching(forms, form, self.kind)

@@ -169,7 +169,7 @@ def test_labels_are_text_and_not_patterns() -> None:
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        ("nope", {}, "unknown extractor 'nope'; known: choice, label, math, number"),
+        ("nope", {}, "unknown extractor 'nope'; known: box, choice, json, label, math, number, point, regex"),
         ("choice", {"letters": "abc"}, "capital letters"),
         ("choice", {"letters": "A]"}, "capital letters"),
         ("choice", {"letters": 4}, "capital letters"),

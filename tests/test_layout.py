@@ -15,7 +15,20 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 MAX_LINES = 350
-HEAVY = ("torch", "transformers", "ray", "vllm", "deepspeed", "peft", "trl", "datasets", "matplotlib", "scipy")
+HEAVY = (
+    "torch",
+    "transformers",
+    "ray",
+    "vllm",
+    "deepspeed",
+    "peft",
+    "trl",
+    "datasets",
+    "matplotlib",
+    "scipy",
+    "sympy",
+    "math_verify",
+)
 
 # Lower layers know nothing of higher ones; parts of one layer know nothing of each other.
 PARTS = ("rewards", "rollout", "trainers")

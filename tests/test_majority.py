@@ -176,3 +176,43 @@ def test_wrong_options_are_errors_when_the_reward_is_built() -> None:
         MajorityVote(extractor="choice", options={"letters": "ab"})
     with pytest.raises(ValueError, match="extractor 'math'"):
         MajorityVote(options={"nope": 1})
+
+
+def test_three_empty_strings_do_not_outvote_an_answer() -> None:
+    scored = vote(["", "", "", 42])
+    assert scored.label is None  # one vote elects nobody
+    assert scored.classes.tolist() == [NO_ANSWER] * 3 + [0]
+    assert vote(["", "", "", 42, 42]).label == "42"
+
+
+def test_answers_of_equal_value_vote_together() -> None:
+    scored = vote([r"\sqrt{8}", r"2\sqrt{2}", r"\frac{4}{\sqrt 2}", 7, 7])
+    assert scored.label == r"\sqrt{8}"
+    assert scored.rewards.tolist() == [1, 1, 1, 0, 0]
+    assert scored.metrics == {"grading_timeouts": 0, "grading_gated": 0}
+
+
+def test_votes_that_the_cost_gate_kept_apart_are_counted() -> None:
+    scored = vote(["9^{9^{9}}", "9^{9^{9}}", "9^{9^9}", 5, 5, 5])
+    assert scored.label == "5"
+    assert scored.metrics == {"grading_timeouts": 0, "grading_gated": 3}
+
+
+@settings(derandomize=True, max_examples=100, deadline=None)
+@given(
+    st.lists(st.sampled_from(["1/2", "0.5", r"\sqrt{8}", r"2\sqrt2", "7", ""]), min_size=4, max_size=16),
+    st.randoms(use_true_random=False),
+)
+def test_truncating_half_the_votes_leaves_the_label_of_the_others(answers: list[str], rng: random.Random) -> None:
+    # the truncated half agrees on something else, half-way through a sum: the worst case for a vote
+    texts = (
+        boxed(answers)
+        + ["so 17 cats and 3*"] * (len(answers) // 2)
+        + boxed(["17"] * (len(answers) - len(answers) // 2))
+    )
+    finishes = [Finish.STOP] * len(answers) + [Finish.LENGTH] * len(answers)
+    order = rng.sample(range(len(texts)), len(texts))
+    mixed = make_group([texts[i] for i in order], finishes=[finishes[i] for i in order])
+    alone = MajorityVote()(make_group(boxed(answers)), context())
+    scored = MajorityVote()(mixed, context())
+    assert (scored.label, scored.share, scored.margin) == (alone.label, alone.share, alone.margin)

@@ -241,3 +241,14 @@ def test_gold_pays_the_reference_and_runs_only_when_given_labels() -> None:
 def test_wrong_options_are_errors(use: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build("reward", Plug.model_validate({"use": use, "with": options}))
+
+
+def test_labels_of_another_visit_are_matched_by_value_not_by_spelling() -> None:
+    first = make_group([boxed(r"\sqrt{8}"), boxed(r"\sqrt{8}"), boxed("1")])
+    later = make_group([boxed(r"2\sqrt{2}"), boxed("1"), boxed(r"2\sqrt{2}")])
+    frozen = Frozen()
+    assert frozen(first, context()).rewards.tolist() == [1, 1, 0]
+    assert frozen(later, context()).rewards.tolist() == [1, 0, 1]
+    gold = Gold()
+    gold.take_labels({first.prompt.id: r"\sqrt{8}"})
+    assert gold(later, context()).rewards.tolist() == [1, 0, 1]

@@ -61,7 +61,7 @@ def evaluate_command(
         str | None, typer.Option(help="file with {id, answer}; without it only label-free numbers")
     ] = None,
     template: Annotated[str, typer.Option(help="chat, boxed, choice, raw or a .txt file")] = "chat",
-    extractor: Annotated[str, typer.Option(help="math, number, choice or label")] = "math",
+    extractor: Annotated[str, typer.Option(help="math, number, choice, label, json, box or point")] = "math",
     label_set: Annotated[
         str | None, typer.Option("--label-set", help="comma-separated labels for the extractor 'label'")
     ] = None,

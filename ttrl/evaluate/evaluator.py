@@ -16,7 +16,7 @@ from ttrl.rewards.vote import decide
 from ttrl.seeds import derive
 from ttrl.types import NO_ANSWER, Prompt, Request, Rollout, SamplingSpec
 
-GRADER = "canonical-1"
+GRADER = "keys-2"
 """Version of the answer comparison; numbers under different graders are not comparable."""
 
 
@@ -139,8 +139,7 @@ class Evaluator:
         decision = decide(numbered, min_votes=1)
         right = None
         if self._labels is not None:
-            label = self._reader.form(self._labels[prompt.id])
-            right = label if label in forms else None
+            right = self._reader.match(forms, self._labels[prompt.id])
         counts = {form: numbered.count(c) for c, form in enumerate(forms)}
         return PromptResult(
             id=prompt.id,
