@@ -96,7 +96,7 @@ def test_nobody_trains_where_no_two_agree(variant: dict[str, Any]) -> None:
 
 
 def test_the_variants_cover_every_built_in() -> None:
-    assert {v["use"] for v in VARIANTS} == set(BUILT_IN["reward"])
+    assert {v["use"] for v in VARIANTS} == set(BUILT_IN["reward"]) - {"trl"}  # wraps a function of the user
 
 
 def test_only_drawn_rollouts_train() -> None:
@@ -244,8 +244,8 @@ def test_wrong_options_are_errors(use: str, options: dict[str, Any], message: st
 
 
 def test_labels_of_another_visit_are_matched_by_value_not_by_spelling() -> None:
-    first = make_group([boxed(r"\sqrt{8}"), boxed(r"\sqrt{8}"), boxed("1")])
-    later = make_group([boxed(r"2\sqrt{2}"), boxed("1"), boxed(r"2\sqrt{2}")])
+    first = make_group(boxed(r"\sqrt{8}"), boxed(r"\sqrt{8}"), boxed("1"))
+    later = make_group(boxed(r"2\sqrt{2}"), boxed("1"), boxed(r"2\sqrt{2}"))
     frozen = Frozen()
     assert frozen(first, context()).rewards.tolist() == [1, 1, 0]
     assert frozen(later, context()).rewards.tolist() == [1, 0, 1]

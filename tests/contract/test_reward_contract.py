@@ -134,7 +134,9 @@ class Importer(Faulty):
 
 
 class Undeclared(MajorityVote):
-    needs = None  # type: ignore[assignment]
+    def __init__(self):
+        super().__init__()
+        self.needs = None
 
 
 class Wordy(Faulty):
