@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -168,3 +169,12 @@ def test_wheel_works_in_a_clean_environment(tmp_path):
         [python, "-c", code], check=True, capture_output=True, text=True, cwd=tmp_path / "elsewhere"
     )
     assert str(site) in result.stdout
+
+
+def test_links_of_the_docs_lead_somewhere():
+    broken = []
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
+            if not target.startswith("http") and not (page.parent / target).exists():
+                broken.append(f"{page.name}: {target}")
+    assert broken == []

@@ -189,13 +189,13 @@ def test_answers_of_equal_value_vote_together() -> None:
     scored = vote([r"\sqrt{8}", r"2\sqrt{2}", r"\frac{4}{\sqrt 2}", 7, 7])
     assert scored.label == r"\sqrt{8}"
     assert scored.rewards.tolist() == [1, 1, 1, 0, 0]
-    assert scored.metrics == {"grading_timeouts": 0, "grading_gated": 0}
+    assert scored.metrics["grading_timeouts"] == scored.metrics["grading_gated"] == 0
 
 
 def test_votes_that_the_cost_gate_kept_apart_are_counted() -> None:
     scored = vote(["9^{9^{9}}", "9^{9^{9}}", "9^{9^9}", 5, 5, 5])
     assert scored.label == "5"
-    assert scored.metrics == {"grading_timeouts": 0, "grading_gated": 3}
+    assert (scored.metrics["grading_timeouts"], scored.metrics["grading_gated"]) == (0, 3)
 
 
 @settings(derandomize=True, max_examples=100, deadline=None)

@@ -244,8 +244,8 @@ def test_wrong_options_are_errors(use: str, options: dict[str, Any], message: st
 
 
 def test_labels_of_another_visit_are_matched_by_value_not_by_spelling() -> None:
-    first = make_group(boxed(r"\sqrt{8}", r"\sqrt{8}", "1"))
-    later = make_group(boxed(r"2\sqrt{2}", "1", r"2\sqrt{2}"))
+    first = make_group(boxed([r"\sqrt{8}", r"\sqrt{8}", "1"]))
+    later = make_group(boxed([r"2\sqrt{2}", "1", r"2\sqrt{2}"]))
     frozen = Frozen()
     assert frozen(first, context()).rewards.tolist() == [1, 1, 0]
     assert frozen(later, context()).rewards.tolist() == [1, 0, 1]

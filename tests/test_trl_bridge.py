@@ -105,7 +105,9 @@ def test_the_callable_is_picklable_and_named_and_refuses_what_trl_cannot_give() 
     assert call(pickle.loads(pickle.dumps(function)), ["p"] * 2, boxed([5, 5])) == [1.0, 1.0]
 
     class Curious(MajorityVote):
-        needs = frozenset({"entropy"})
+        def __init__(self) -> None:
+            super().__init__()
+            self.needs = frozenset({"entropy"})
 
     with pytest.raises(ValueError, match="needs entropy, which TRL does not hand"):
         reward_func(Curious(), eos_token_id=None)
