@@ -230,7 +230,7 @@ def _hand_labels(recipe: Recipe, reward: Reward, records: Sequence[PromptRecord]
 def _plugs(recipe: Recipe) -> list[tuple[str, Plug]]:
     return [
         ("source", recipe.data.source), ("engine", recipe.rollout.engine), ("sampler", recipe.rollout.sampler),
-        ("backend", recipe.trainer.backend), ("parameters", recipe.trainer.parameters),
+        ("backend", recipe.trainer.backend),
     ]  # fmt: skip
 
 

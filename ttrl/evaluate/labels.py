@@ -1,4 +1,4 @@
-"""Reading reference answers. Imported by nothing outside `ttrl.evaluate`."""
+"""Reading reference answers. Outside `ttrl.evaluate` only `ttrl.setup` imports it, for the `gold` control."""
 
 from __future__ import annotations
 
