@@ -6,7 +6,7 @@ prompts are in the step, not on which worker took it, not on the order. Throughp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 
 import numpy as np
@@ -17,17 +17,19 @@ from ttrl.config.schema import ModelSection
 from ttrl.errors import EngineError
 from ttrl.model.load import eos_ids, load_model, load_tokenizer
 from ttrl.model.prefix import ExpandedPrefix, SharedPrefix, enable_shared_prefix
-from ttrl.model.sampling import draw
-from ttrl.model.weights import Fingerprint, load_into
-from ttrl.protocols import StopCheck, WeightSource
+from ttrl.model.sampling import draw, text_logprobs
+from ttrl.model.weights import Fingerprint, Intake, Shapes, load_into
+from ttrl.protocols import StopCheck
 from ttrl.seeds import uniforms
-from ttrl.types import Finish, Health, Request, Rollout, WeightStamp
+from ttrl.types import AdapterSpec, Finish, FloatArray, Health, IntArray, Request, Rollout, WeightStamp
 
 
 class HFEngine:
     """Owns a copy of the model. Not thread-safe; one engine per process or device."""
 
     has_weights = True
+    takes_adapters = False
+    contexts_at_once: int | None = 1
 
     def __init__(self, model: ModelSection, check_stop: StopCheck, *, rows_at_once: int, shared_prefix: bool) -> None:
         self.tokenizer = load_tokenizer(model.path)
@@ -41,10 +43,13 @@ class HFEngine:
         for name, parameter in self._parameters().items():
             self._fingerprint.update(name, parameter)
         self._stamp = WeightStamp(version=0, fingerprint=self._fingerprint.value())
+        self._intake: Intake | None = None
 
     @torch.inference_mode()
     def generate(self, requests: Sequence[Request]) -> list[Rollout]:
         """One rollout per request, in order. Neighbours with one context and spec form a batch."""
+        if self._intake is not None:
+            raise EngineError("the engine holds half of a new set of weights: the sync before this was not completed")
         rollouts: list[Rollout] = []
         for _, batch in groupby(requests, key=lambda r: (r.prompt.id, r.prefix.tobytes(), r.spec)):
             group = list(batch)
@@ -132,11 +137,28 @@ class HFEngine:
     def _parameters(self) -> dict[str, Tensor]:
         return {name: parameter.data for name, parameter in self._model.named_parameters()}
 
-    def load_weights(self, version: int, source: WeightSource) -> str:
-        """Copy the tensors in place. Raises EngineError for unknown names or shapes."""
-        load_into(self._parameters(), iter(source), self._fingerprint)
-        self._stamp = WeightStamp(version=version, fingerprint=self._fingerprint.value())
+    def begin_load(self, version: int, manifest: Shapes, adapter: AdapterSpec | None = None) -> None:
+        """Adapters are not taken: they arrive merged."""
+        assert adapter is None
+        self._intake = Intake(version, manifest)
+
+    def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Copy in place. Raises EngineError for unknown names or shapes."""
+        assert self._intake is not None
+        load_into(self._parameters(), self._intake.take(iter(tensors)), self._fingerprint)
+
+    def end_load(self) -> str:
+        """Raises EngineError when a tensor did not come; the engine then refuses to generate."""
+        assert self._intake is not None
+        self._intake.finish()
+        self._stamp = WeightStamp(version=self._intake.version, fingerprint=self._fingerprint.value())
+        self._intake = None
         return self._stamp.fingerprint
+
+    @torch.inference_mode()
+    def score(self, token_ids: IntArray) -> FloatArray:
+        """[T] -> [T - 1] log-probs at temperature 1."""
+        return text_logprobs(self._model, token_ids)
 
     def release(self) -> None:
         """Nothing to free between phases: the cache of a batch dies with the batch."""

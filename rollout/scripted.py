@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ttrl.errors import EngineError
-from ttrl.protocols import WeightSource
 from ttrl.seeds import uniforms
-from ttrl.types import Finish, Health, Request, Rollout, WeightStamp
+from ttrl.types import AdapterSpec, Finish, FloatArray, Health, IntArray, Request, Rollout, WeightStamp
 
 if TYPE_CHECKING:
     from ttrl.model.load import Tokenizer
@@ -43,6 +42,8 @@ class ScriptedEngine:
     """Same seeds, same completions, as with a real engine. The log-prob of the whole text stands on its first token."""
 
     has_weights = False
+    takes_adapters = False
+    contexts_at_once: int | None = None
 
     def __init__(self, script: Script, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -72,10 +73,23 @@ class ScriptedEngine:
             weights=self._stamp,
         )
 
-    def load_weights(self, version: int, source: WeightSource) -> str:
+    def begin_load(
+        self, version: int, manifest: Mapping[str, tuple[int, ...]], adapter: AdapterSpec | None = None
+    ) -> None:
         """A script does not learn; only the version moves."""
         self._stamp = WeightStamp(version=version, fingerprint="scripted")
+
+    def load(self, tensors: Iterable[tuple[str, Any]]) -> None:
+        """Looked at by nobody, but taken, as a sender expects."""
+        for _ in tensors:
+            pass
+
+    def end_load(self) -> str:
         return self._stamp.fingerprint
+
+    def score(self, token_ids: IntArray) -> FloatArray:
+        """A script has no log-probs of texts."""
+        raise EngineError("a scripted engine cannot score text")
 
     def release(self) -> None:
         """Nothing to free."""

@@ -21,7 +21,7 @@ from ttrl.config.schema import ModelSection, TrainerSection
 from ttrl.protocols import ForwardOut, TensorBatch
 from ttrl.trainers.backends import TrainerSetup
 from ttrl.trainers.grpo import GRPO
-from ttrl.trainers.packing import pack
+from ttrl.trainers.packing import pack, row_index
 from ttrl.trainers.parameters import Full
 from ttrl.trainers.torch_backend import TorchTrainer
 from ttrl.types import Message, PackedBatch, Prompt, Request, Sample, SamplingSpec, Segment
@@ -136,6 +136,7 @@ def tensors(batch: PackedBatch, dtype: torch.dtype = torch.float32) -> TensorBat
         advantages=torch.as_tensor(batch.advantages, dtype=dtype),
         weights=torch.as_tensor(batch.weights, dtype=dtype),
         tokens_in_step=batch.tokens_in_step,
+        rows=torch.as_tensor(row_index(batch)),
     )
 
 

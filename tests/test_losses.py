@@ -37,7 +37,7 @@ def batch(
 
     return TensorBatch(
         sampler_logprobs=double(sampler), advantages=double(advantages), weights=double(weights or [1.0] * len(sampler)),
-        tokens_in_step=total,
+        tokens_in_step=total, rows=torch.zeros(len(sampler), dtype=torch.int64),
     )  # fmt: skip
 
 
@@ -202,6 +202,7 @@ def test_the_split_into_micro_batches_changes_neither_loss_nor_gradients_nor_met
     whole = TensorBatch(
         sampler_logprobs=sampler, advantages=torch.from_numpy(rng.normal(size=101)),
         weights=torch.from_numpy(rng.choice([0.0, 0.5, 1.0], 101)), tokens_in_step=60.0,
+        rows=torch.zeros(101, dtype=torch.int64),
     )  # fmt: skip
 
     def run(parts: list[slice]) -> tuple[float, torch.Tensor, dict[str, float]]:
@@ -210,7 +211,7 @@ def test_the_split_into_micro_batches_changes_neither_loss_nor_gradients_nor_met
         for part in parts:
             of = TensorBatch(
                 sampler_logprobs=sampler[part], advantages=whole.advantages[part], weights=whole.weights[part],
-                tokens_in_step=60.0,
+                tokens_in_step=60.0, rows=whole.rows[part],
             )  # fmt: skip
             for term in (ClipLoss(dual_clip=2.0), KLAnchor(coefficient=0.1).loss):
                 out = term(forward_out(leaf[part], start[part]), of)

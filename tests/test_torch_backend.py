@@ -491,7 +491,7 @@ def test_an_engine_with_the_new_weights_agrees_with_the_trainer(tiny_model_dir: 
     for step in range(2):
         ours.step(step, one_update(items))
     assert ours.weights().version == 2
-    assert engine.load_weights(2, ours.weights()) != before
+    assert load_weights(engine, ours.weights()) != before
     batch = pack(items, 10_000)[0]
     with torch.no_grad():
         held = token_scores(engine._model, batch, TEMPERATURE)[0]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from ttrl.config.schema import ModelSection, TrainerSection
+from ttrl.config.schema import ClusterSection, ModelSection, Recipe, TrainerSection
 from ttrl.protocols import Objective, Stabilizer, StopCheck, Trainer
+from ttrl.registry import build
 from ttrl.trainers.parameters import Parameters
 
 
@@ -23,6 +24,19 @@ class TrainerSetup:
     steps: int
     seed: int
     check_stop: StopCheck
+    cluster: ClusterSection = field(default_factory=ClusterSection)
+    recipe: Recipe | None = None
+    """What ranks in other processes build the same parts from: plug-ins travel by name, not as objects."""
+
+    @staticmethod
+    def of(recipe: Recipe, check_stop: StopCheck) -> TrainerSetup:
+        """Fresh parts, as the recipe says. Raises ConfigError."""
+        return TrainerSetup(
+            model=recipe.model, trainer=recipe.trainer, objective=build("objective", recipe.objective),
+            stabilizers=tuple(build("stabilizer", plug) for plug in recipe.stabilizers),
+            parameters=build("parameters", recipe.trainer.parameters), temperature=recipe.rollout.temperature,
+            steps=recipe.steps, seed=recipe.seed, check_stop=check_stop, cluster=recipe.cluster, recipe=recipe,
+        )  # fmt: skip
 
 
 def torch(setup: TrainerSetup) -> Trainer:

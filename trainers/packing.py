@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from ttrl.types import PackedBatch, Sample, Segment
 
@@ -84,3 +85,9 @@ def _batch(segments: Sequence[Sequence[Sample]], tokens_in_step: float) -> Packe
         weights=np.concatenate([row.weights for row in rows]),
         tokens_in_step=tokens_in_step,
     )
+
+
+def row_index(batch: PackedBatch) -> npt.NDArray[np.int64]:
+    """[N] the row a token belongs to, counted from 0 through all segments."""
+    lengths = np.concatenate([segment.lengths for segment in batch.segments])
+    return np.repeat(np.arange(len(lengths), dtype=np.int64), lengths)

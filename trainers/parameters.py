@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ttrl.errors import ConfigError
+from ttrl.types import AdapterSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
+
+Gather = Callable[[Sequence[Any]], AbstractContextManager[Any]]
+"""A context in which these parameters are whole: trivial in one process, a collective under ZeRO-3."""
+
+
+def whole(parameters: Sequence[Any]) -> AbstractContextManager[Any]:
+    """The Gather of parameters that are never split."""
+    return nullcontext()
 
 
 class Parameters(Protocol):
@@ -20,8 +29,21 @@ class Parameters(Protocol):
         """Prepare the model in place; returns the trained parameters by name."""
         ...
 
-    def moved(self, model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-        """Full tensors that training may have changed, under the names of the untouched model, one at a time."""
+    def manifest(self, model: PreTrainedModel, *, adapter: bool = False) -> dict[str, tuple[int, ...]]:
+        """Name and full shape of everything `moved` must yield."""
+        ...
+
+    def moved(
+        self, model: PreTrainedModel, gather: Gather = whole, *, adapter: bool = False
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Full tensors that training may have changed, under the names of the untouched model, one at a time.
+
+        A tensor is only borrowed until the next one. With `adapter`, the tensors of the adapter alone, under peft's names.
+        """
+        ...
+
+    def adapter(self) -> AdapterSpec | None:
+        """The adapter that is trained, if that is what is trained."""
         ...
 
     def start(self) -> AbstractContextManager[None] | None:
@@ -36,9 +58,18 @@ class Full:
         model.requires_grad_(True)
         return dict(model.named_parameters())
 
-    def moved(self, model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    def manifest(self, model: PreTrainedModel, *, adapter: bool = False) -> dict[str, tuple[int, ...]]:
+        return {name: full_shape(parameter) for name, parameter in model.named_parameters()}
+
+    def moved(
+        self, model: PreTrainedModel, gather: Gather = whole, *, adapter: bool = False
+    ) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in model.named_parameters():
-            yield name, parameter.detach()
+            with gather([parameter]):
+                yield name, parameter.detach()
+
+    def adapter(self) -> AdapterSpec | None:
+        return None
 
     def start(self) -> AbstractContextManager[None] | None:
         return None
@@ -52,6 +83,7 @@ class LoRA:
             raise ValueError(f"lora needs rank >= 1 and alpha > 0, got rank={rank}, alpha={alpha}")
         self._rank, self._alpha, self._targets = rank, alpha, targets
         self._peft: Any = None
+        self._layers: list[str] = []
 
     def attach(self, model: PreTrainedModel, seed: int) -> dict[str, Tensor]:
         import torch
@@ -81,17 +113,57 @@ class LoRA:
             raise ConfigError(
                 f"trainer.parameters lora: {', '.join(tied)} shares its weights and cannot be adapted alone"
             )
+        self._layers = [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]
         return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
-    def moved(self, model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    def manifest(self, model: PreTrainedModel, *, adapter: bool = False) -> dict[str, tuple[int, ...]]:
+        if adapter:
+            return {
+                f"{_PEFT}{name.replace('.default', '')}": full_shape(parameter)
+                for name, parameter in model.named_parameters()
+                if _is_adapter(name)
+            }
+        layers = {name.rpartition(".lora_A.")[0] for name, _ in model.named_parameters() if ".lora_A." in name}
+        bases = {name: full_shape(p) for name, p in model.named_parameters() if name.endswith(".base_layer.weight")}
+        return {f"{layer}.weight": bases[f"{layer}.base_layer.weight"] for layer in sorted(layers)}
+
+    def moved(
+        self, model: PreTrainedModel, gather: Gather = whole, *, adapter: bool = False
+    ) -> Iterator[tuple[str, Tensor]]:
+        return self._adapters(model, gather) if adapter else self._merged(model, gather)
+
+    def _merged(self, model: PreTrainedModel, gather: Gather) -> Iterator[tuple[str, Tensor]]:
         import torch
         from peft.tuners.lora import LoraLayer
 
         for name, module in model.named_modules():
             if isinstance(module, LoraLayer):
-                with torch.no_grad():
+                with gather(list(module.parameters())), torch.no_grad():
                     yield f"{name}.weight", module.base_layer.weight + module.get_delta_weight("default")
+
+    def _adapters(self, model: PreTrainedModel, gather: Gather) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in model.named_parameters():
+            if _is_adapter(name):
+                with gather([parameter]):
+                    yield f"{_PEFT}{name.replace('.default', '')}", parameter.detach()
+
+    def adapter(self) -> AdapterSpec | None:
+        assert self._peft is not None
+        return AdapterSpec(rank=self._rank, alpha=self._alpha, targets=tuple(self._layers))
 
     def start(self) -> AbstractContextManager[None] | None:
         assert self._peft is not None
         return self._peft.disable_adapter()  # type: ignore[no-any-return]
+
+
+_PEFT = "base_model.model."
+"""What peft puts before the model's own names when it saves an adapter."""
+
+
+def _is_adapter(name: str) -> bool:
+    return ".lora_A." in name or ".lora_B." in name
+
+
+def full_shape(parameter: Any) -> tuple[int, ...]:
+    """The shape before ZeRO-3 split the parameter."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))

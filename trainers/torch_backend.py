@@ -16,13 +16,16 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ttrl.contract import Blame
 from ttrl.metrics import MetricSet, require_finite
 from ttrl.model.load import DTYPES, load_model, load_tokenizer
+from ttrl.model.sampling import text_logprobs
 from ttrl.model.weights import Fingerprint, NamedTensors, load_into
 from ttrl.protocols import ForwardOut, TensorBatch, WeightSource
 from ttrl.seeds import derive
 from ttrl.trainers.backends import TrainerSetup
 from ttrl.trainers.forward import CompletionScorer
+from ttrl.trainers.mismatch import mismatch
+from ttrl.trainers.packing import row_index
 from ttrl.trainers.schedule import lr_scale
-from ttrl.types import PackedBatch, Segment, StepStats
+from ttrl.types import FloatArray, IntArray, PackedBatch, Segment, StepStats
 
 
 class TorchTrainer:
@@ -100,6 +103,7 @@ class TorchTrainer:
             advantages=torch.as_tensor(batch.advantages, device=device),
             weights=torch.as_tensor(batch.weights, device=device),
             tokens_in_step=batch.tokens_in_step,
+            rows=torch.as_tensor(row_index(batch), device=device),
         )
         with self._autocast():
             scores = self._scorer(batch)
@@ -115,10 +119,8 @@ class TorchTrainer:
         metrics.mean(
             "train/entropy", float((out.entropy.detach() * tensors.weights).sum()) / weight if weight else 0.0, weight
         )
-        if first:  # before the first update the policy is the sampler; what remains is how differently the two compute
-            off = (out.logprobs.detach() - tensors.sampler_logprobs).abs()
-            metrics.mean("train/sampler_mismatch", float(off.mean()), len(batch.completion_ids))
-            metrics.max("train/sampler_mismatch_max", float(off.max()))
+        if first:  # later updates of a step have moved on from the sampler on purpose
+            metrics.merge(mismatch(out.logprobs.detach(), tensors.sampler_logprobs))
         return float(total.detach())
 
     def _reference_scorer(self) -> CompletionScorer | None:
@@ -142,9 +144,20 @@ class TorchTrainer:
         half = self._dtype != torch.float32
         return torch.autocast(self._model.device.type, dtype=self._dtype, enabled=half)
 
-    def weights(self) -> WeightSource:
-        """Full tensors under the model's own names, one at a time; adapters arrive merged."""
-        return NamedTensors(self.version, self._moved)
+    def weights(self, *, adapter: bool = False) -> WeightSource:
+        """Full tensors under the model's own names, one at a time; adapters arrive merged unless asked for."""
+        parts = self._setup.parameters
+        spec = parts.adapter() if adapter else None
+        manifest = parts.manifest(self._model, adapter=spec is not None)
+        return NamedTensors(
+            self.version, manifest, lambda: parts.moved(self._model, adapter=spec is not None), adapter=spec
+        )
+
+    @torch.no_grad()
+    def score(self, token_ids: IntArray) -> FloatArray:
+        """[T] -> [T - 1] log-probs at temperature 1 under the weights being trained."""
+        with self._autocast():
+            return text_logprobs(self._model, token_ids)
 
     def _moved(self) -> Iterator[tuple[str, Tensor]]:
         return self._setup.parameters.moved(self._model)
@@ -183,6 +196,9 @@ class TorchTrainer:
         plain.to(self._dtype).save_pretrained(path)
         (path / "generation_config.json").write_text(defaults.to_json_string(use_diff=True), encoding="utf-8")
         load_tokenizer(self._setup.model.path).save_pretrained(path)  # type: ignore[attr-defined]
+
+    def close(self) -> None:
+        """Everything lives in this process."""
 
 
 def _checkpoint_layers(model: PreTrainedModel) -> None:

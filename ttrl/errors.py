@@ -22,6 +22,13 @@ class EngineError(TtrlError, RuntimeError):
     """A generation engine cannot do what was asked, or its weights are not the ones it should have."""
 
 
+class ClusterError(TtrlError, RuntimeError):
+    """A worker, a rank or the cluster itself is gone, or did not answer before its deadline.
+
+    The run ends as failed and can be resumed from its last checkpoint.
+    """
+
+
 class StopRequested(TtrlError):
     """The user asked the run to end (Ctrl-C, SIGTERM). Raised only where the weights are consistent."""
 

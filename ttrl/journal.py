@@ -111,7 +111,8 @@ class Journal:
         timed = {f"time/{phase}": seconds for phase, seconds in clock.seconds.items()}
         timed |= {
             "time/step": clock.total(),
-            "time/rollout_tokens_per_second": values["rollout/tokens"] / max(clock.seconds["rollout"], 1e-9),
+            "time/rollout_tokens_per_second": values["rollout/tokens"]
+            / max(clock.seconds.get("sampling", clock.seconds["rollout"]), 1e-9),
         }
         record: dict[str, Any] = {
             "step": step,

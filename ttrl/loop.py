@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 from ttrl.contract import Blame, check_samples, check_scored
-from ttrl.errors import EngineError, GuardStop
+from ttrl.errors import GuardStop
+from ttrl.flow import Flow, InStep, RunAhead
 from ttrl.journal import Journal, Progress, StepClock
 from ttrl.metrics import MetricSet
 from ttrl.protocols import Reward, RewardContext, StatefulReward
@@ -21,9 +22,6 @@ from ttrl.stepmetrics import reward_metrics, rollout_metrics
 from ttrl.trainers.packing import pack, split_updates
 from ttrl.types import Group, Sample, Scored, StepStats
 
-MAX_MISMATCH, MAX_MISMATCH_HALF = 1e-3, 0.1
-"""Mean absolute difference of log-probs, engine against trainer on the same tokens, that rounding may cause."""
-
 
 def train(parts: Parts, journal: Journal, progress: Progress) -> None:
     """Run the remaining steps; `progress` says where to start and is moved along.
@@ -31,34 +29,61 @@ def train(parts: Parts, journal: Journal, progress: Progress) -> None:
     Raises StopRequested (user), GuardStop (nothing left to train on), EngineError, FloatingPointError, and what plug-ins raise.
     After a stop, weights and `progress` are those of the last completed step; after a failure only checkpoints are.
     """
-    recipe = parts.recipe
     evaluate_if_due(parts, journal, progress)
-    for step in range(progress.step, recipe.steps):
-        clock, metrics = StepClock(), MetricSet()
+    flow = make_flow(parts, progress.step)
+    try:
+        while progress.step < parts.recipe.steps:
+            one_step(parts, flow, journal, progress)
+    finally:
+        flow.close()
+
+
+def one_step(parts: Parts, flow: Flow, journal: Journal, progress: Progress) -> None:
+    """Sample, score, train, sync; then evaluate and store what is due."""
+    recipe, step = parts.recipe, progress.step
+    clock, metrics = StepClock(), MetricSet()
+    with clock("rollout"):  # with rollout.ahead: the part of sampling that training had to wait for
+        drawn = flow.groups(step)
+    metrics.merge(rollout_metrics(drawn.groups, recipe.rollout.votes_per_prompt))
+    if recipe.rollout.ahead:
+        metrics.mean("rollout/staleness", step - drawn.state)
+        clock.seconds["sampling"] = drawn.seconds
+    with remembered(parts.reward):
+        with clock("reward"):
+            scored = [score(parts, group, step) for group in drawn.groups]
+        metrics.merge(reward_metrics(scored, progress.flips(scored)))
+        samples = [sample for item in admit(parts, scored, metrics) for sample in to_samples(parts, item)]
+        with clock("train"), nullcontext() if recipe.rollout.ahead else parts.pool.released():
+            stats = update(parts, step, samples)
+        with clock("sync"):
+            flow.publish(step + 1, stats)
+        progress.advance(scored, stats, clock.total())
+    journal.step(step, metrics, stats, clock, scored)
+    if progress.empty_steps >= recipe.max_empty_steps:
+        raise GuardStop(f"{progress.empty_steps} steps in a row had nothing to train on; the dropped/ metrics say why")
+    evaluate_if_due(parts, journal, progress)
+    if is_due(progress.step, recipe.checkpoint.every, recipe.steps):
+        journal.checkpoint(parts.trainer, parts.reward, progress)
+
+
+def make_flow(parts: Parts, first: int) -> Flow:
+    """In step, or ahead by `rollout.ahead`; steps before `first` are done."""
+    recipe = parts.recipe
+
+    def draw(step: int) -> list[Group]:
         prompts = [parts.prompts[identifier] for identifier in parts.source.batch(step)]
-        with clock("rollout"):
-            groups = parts.sampler(prompts, parts.pool, parts.spec, derive(recipe.seed, "rollout", step))
-            groups = [probe(parts, group) for group in groups]
-        metrics.merge(rollout_metrics(groups, recipe.rollout.votes_per_prompt))
-        with remembered(parts.reward):
-            with clock("reward"):
-                scored = [score(parts, group, step) for group in groups]
-            metrics.merge(reward_metrics(scored, progress.flips(scored)))
-            samples = [sample for item in admit(parts, scored, metrics) for sample in to_samples(parts, item)]
-            with clock("train"), parts.pool.released():
-                stats = update(parts, step, samples)
-            if stats is not None:
-                with clock("sync"):
-                    sync(parts, stats)
-            progress.advance(scored, stats, clock.total())
-        journal.step(step, metrics, stats, clock, scored)
-        if progress.empty_steps >= recipe.max_empty_steps:
-            raise GuardStop(
-                f"{progress.empty_steps} steps in a row had nothing to train on; the dropped/ metrics say why"
-            )
-        evaluate_if_due(parts, journal, progress)
-        if is_due(progress.step, recipe.checkpoint.every, recipe.steps):
-            journal.checkpoint(parts.trainer, parts.reward, progress)
+        groups = parts.sampler(prompts, parts.pool, parts.spec, derive(recipe.seed, "rollout", step))
+        return [probe(parts, group) for group in groups]
+
+    if not recipe.rollout.ahead:
+        return InStep(draw, parts.link)
+
+    def is_boundary(step: int) -> bool:
+        return any(is_due(step, every, recipe.steps) for every in (recipe.eval.every, recipe.checkpoint.every))
+
+    return RunAhead(
+        draw, parts.link, ahead=recipe.rollout.ahead, first=first, steps=recipe.steps, is_boundary=is_boundary
+    )
 
 
 @contextmanager
@@ -122,20 +147,6 @@ def update(parts: Parts, step: int, samples: Sequence[Sample]) -> StepStats | No
     settings, shared = parts.recipe.trainer, parts.trainer.shares_prompts
     shares = split_updates(samples, settings.updates_per_step)
     return parts.trainer.step(step, [pack(s, settings.tokens_per_microbatch, shared_prompt=shared) for s in shares])
-
-
-def sync(parts: Parts, stats: StepStats) -> None:
-    """New weights to the engine. Raises EngineError when they did not arrive, or when the old ones were not the trainer's."""
-    exact = parts.recipe.model.dtype == "float32"
-    if parts.pool.has_weights:
-        mismatch, bound = stats.metrics["train/sampler_mismatch"], MAX_MISMATCH if exact else MAX_MISMATCH_HALF
-        if mismatch > bound:
-            raise EngineError(
-                f"log-probs of the engine and the trainer differ by {mismatch:.2g} on average, more than {bound:g}: "
-                "they do not hold the same weights"
-            )
-    moves = stats.grad_norm > 0 and exact and parts.pool.has_weights
-    parts.pool.sync(parts.trainer.version, parts.trainer.weights(), must_move=moves)
 
 
 def evaluate_if_due(parts: Parts, journal: Journal, progress: Progress) -> None:

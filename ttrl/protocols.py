@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +13,11 @@ import numpy.typing as npt
 
 from ttrl.metrics import MetricSet
 from ttrl.types import (
+    AdapterSpec,
+    FloatArray,
     Group,
     Health,
+    IntArray,
     PackedBatch,
     Prompt,
     Request,
@@ -41,10 +44,45 @@ class Source(Protocol):
 
 
 class Pool(Protocol):
-    """Runs requests on one or many engines."""
+    """Runs requests on one or many engines, and keeps them on the trainer's weights."""
+
+    tokenizer: Tokenizer
+
+    @property
+    def has_weights(self) -> bool:
+        """False when the engine only plays a script."""
+        ...
+
+    @property
+    def takes_adapters(self) -> bool:
+        """Its engines want LoRA adapters as they are, not merged."""
+        ...
+
+    @property
+    def max_positions(self) -> int | None: ...
 
     def generate(self, requests: Sequence[Request]) -> list[Rollout]:
-        """One rollout per request, in the order of the requests."""
+        """One rollout per request, in the order of the requests. Raises EngineError for missing, foreign or stale rollouts."""
+        ...
+
+    def sync(self, source: WeightSource, *, must_move: bool) -> None:
+        """New weights to every engine. Raises EngineError when they did not arrive whole, or moved nothing although they had to."""
+        ...
+
+    def keep(self, source: WeightSource) -> WeightSource:
+        """The weights as they are now, held where the engines can get them, so that the trainer may go on before a later sync."""
+        ...
+
+    def score(self, token_ids: IntArray) -> list[FloatArray]:
+        """Per engine [T - 1]: log-prob, at temperature 1, of every token but the first given those before it."""
+        ...
+
+    def released(self) -> AbstractContextManager[None]:
+        """A context in which the engines leave the accelerator to the trainer."""
+        ...
+
+    def close(self) -> None:
+        """Ends what the pool started."""
         ...
 
 
@@ -59,11 +97,38 @@ class Sampler(Protocol):
 
 
 class WeightSource(Protocol):
-    """Weights on their way to an engine: named full tensors, a few at a time."""
+    """Weights on their way to an engine: named full tensors, a few at a time.
 
-    version: int
+    The manifest is known before the first tensor and from elsewhere than the iteration, so that a tensor that is never sent is
+    noticed where it is missing.
+    """
+
+    @property
+    def version(self) -> int: ...
+
+    @property
+    def manifest(self) -> Mapping[str, tuple[int, ...]]:
+        """name -> full shape, of every tensor that must arrive."""
+        ...
+
+    @property
+    def adapter(self) -> AdapterSpec | None:
+        """Set when the tensors are those of a LoRA adapter, under peft's names."""
+        ...
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]: ...
+
+
+@runtime_checkable
+class RemoteWeights(Protocol):
+    """A WeightSource whose tensors live in other processes: it can hand out buckets as references instead of their content."""
+
+    def bucket_refs(self, bucket_bytes: int) -> Iterator[Any]:
+        """References to `ttrl.model.buckets.Bucket` objects in the cluster's object store, in order.
+
+        The next one is made when it is asked for. Whoever asks for number i + 2 says that number i is no longer needed.
+        """
+        ...
 
 
 class Engine(Protocol):
@@ -72,6 +137,10 @@ class Engine(Protocol):
     tokenizer: Tokenizer
     has_weights: bool
     """False for engines that only play a script: their log-probs are not those of any model."""
+    takes_adapters: bool
+    """It wants the tensors of a LoRA adapter, not the merged weights."""
+    contexts_at_once: int | None
+    """How many prompts one call should bring to keep it busy; None: as many as there are (continuous batching)."""
 
     @property
     def max_positions(self) -> int | None:
@@ -82,8 +151,22 @@ class Engine(Protocol):
         """One rollout per request, in the order of the requests."""
         ...
 
-    def load_weights(self, version: int, source: WeightSource) -> str:
-        """Take new weights and return the fingerprint of everything now held. Raises EngineError on unknown names."""
+    def begin_load(
+        self, version: int, manifest: Mapping[str, tuple[int, ...]], adapter: AdapterSpec | None = None
+    ) -> None:
+        """New weights follow. Until `end_load` nothing can be generated."""
+        ...
+
+    def load(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Some of the tensors, which are only borrowed. Raises EngineError on unknown names and wrong shapes."""
+        ...
+
+    def end_load(self) -> str:
+        """The fingerprint of everything now held. Raises EngineError when a tensor of the manifest did not come."""
+        ...
+
+    def score(self, token_ids: IntArray) -> FloatArray:
+        """[T] -> [T - 1]: log-prob at temperature 1 of every token but the first given those before it."""
         ...
 
     def release(self) -> None:
@@ -173,6 +256,8 @@ class TensorBatch:
     advantages: torch.Tensor
     weights: torch.Tensor
     tokens_in_step: float
+    rows: torch.Tensor
+    """[N] int64: the row (completion) a token belongs to, counted from 0 through the batch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,7 +304,13 @@ class Trainer(Protocol):
         """One optimizer update per inner sequence of micro-batches."""
         ...
 
-    def weights(self) -> WeightSource: ...
+    def weights(self, *, adapter: bool = False) -> WeightSource:
+        """What training may have changed. With `adapter`, a LoRA run gives its adapter instead of merged weights."""
+        ...
+
+    def score(self, token_ids: IntArray) -> FloatArray:
+        """As an engine's `score`, under the weights being trained: what the canary compares."""
+        ...
 
     def save(self, path: Path) -> None:
         """Everything a later `load` needs to continue exactly."""
@@ -231,6 +322,10 @@ class Trainer(Protocol):
         """The adapted model, loadable with transformers."""
         ...
 
+    def close(self) -> None:
+        """Ends what the trainer started; nothing for one that lives in this process."""
+        ...
+
 
 StopCheck = Callable[[], None]
 """Called at points where nothing is half done; raises StopRequested when the user wants to stop."""
@@ -240,6 +335,6 @@ Phase = Callable[[str], AbstractContextManager[None]]
 
 __all__ = [
     "Classify", "Engine", "ExplainedReward", "ForwardOut", "Gate", "LabelledReward", "LossOut", "Objective", "Phase", "Pool",
-    "Reward", "RewardContext", "Sampler", "Source", "Stabilizer", "StatefulReward", "StopCheck", "TensorBatch", "Trainer",
+    "RemoteWeights", "Reward", "RewardContext", "Sampler", "Source", "Stabilizer", "StatefulReward", "StopCheck", "TensorBatch", "Trainer",
     "WeightSource", "WeightStamp",
 ]  # fmt: skip

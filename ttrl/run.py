@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,11 +62,12 @@ def run(recipe: Recipe, *, resume: bool, console: Console) -> Outcome:
     console.print(message, highlight=False, markup=False)
     with StopSwitch() as switch:
         parts = assemble(checked, switch.check)
-        if directory is None:
-            directory = RunDir.create(folder)
-            directory.write(RECIPE, to_comments(stamped) + recipe_to_yaml(recipe))
-        with directory.locked():
-            return _run(checked, parts, directory, resume=resume, console=console)
+        with closing(parts):
+            if directory is None:
+                directory = RunDir.create(folder)
+                directory.write(RECIPE, to_comments(stamped) + recipe_to_yaml(recipe))
+            with directory.locked():
+                return _run(checked, parts, directory, resume=resume, console=console)
 
 
 def _run(checked: Checked, parts: Parts, directory: RunDir, *, resume: bool, console: Console) -> Outcome:
@@ -77,7 +78,7 @@ def _run(checked: Checked, parts: Parts, directory: RunDir, *, resume: bool, con
             if resume:
                 progress = journal.resume(parts.trainer, parts.reward)
                 outcome.seconds_before = progress.seconds
-                parts.pool.sync(parts.trainer.version, parts.trainer.weights(), must_move=False)
+                parts.link.sync(None)
                 console.print(f"resuming after step {progress.step}")
             train(parts, journal, progress)
             journal.export(parts.trainer)
@@ -160,7 +161,9 @@ def _resumable(recipe: Recipe, folder: Path) -> RunDir:
     old = load_recipe(folder / RECIPE)
     # More steps would change the learning-rate schedule of the steps already taken, so it counts as another recipe
     differing = _differences(old.model_dump(by_alias=True), recipe.model_dump(by_alias=True), ())
-    allowed = ("checkpoint.", "log.", "output", "description")
+    allowed: tuple[str, ...] = ("checkpoint.keep", "log.", "output", "description", "cluster.")
+    if not recipe.rollout.ahead:  # sampling ahead waits at checkpoints, so there they are part of what is computed
+        allowed += ("checkpoint.",)
     refused = [line for key, line in differing if not key.startswith(allowed)]
     if refused:
         raise ConfigError(

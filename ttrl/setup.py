@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ttrl.config.schema import Plug, PromptSet, Recipe
 from ttrl.errors import ConfigError
@@ -23,10 +23,10 @@ from ttrl.protocols import (
     Gate,
     LabelledReward,
     Objective,
+    Pool,
     Reward,
     Sampler,
     Source,
-    Stabilizer,
     StopCheck,
     Trainer,
 )  # fmt: skip
@@ -36,6 +36,9 @@ from ttrl.rollout.pool import LocalPool
 from ttrl.sinks import check_sinks
 from ttrl.templates import check_template
 from ttrl.types import Prompt, Rollout, SamplingSpec
+
+if TYPE_CHECKING:
+    from ttrl.sync import WeightLink
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,14 +63,20 @@ class Parts:
     prompts: dict[str, Prompt]
     source: Source
     sampler: Sampler
-    pool: LocalPool
+    pool: Pool
     spec: SamplingSpec
     reward: Reward
     gates: tuple[Gate, ...]
     objective: Objective
     trainer: Trainer
+    link: WeightLink
     evaluators: tuple[Evaluator, ...]
     """the adapted prompts first, then the held-out ones"""
+
+    def close(self) -> None:
+        """Ends workers and ranks, if there are any."""
+        self.trainer.close()
+        self.pool.close()
 
 
 def check_recipe(recipe: Recipe) -> Checked:
@@ -122,45 +131,43 @@ def check_recipe(recipe: Recipe) -> Checked:
 def assemble(checked: Checked, check_stop: StopCheck) -> Parts:
     """Load the models and build every part."""
     from ttrl.model.load import load_tokenizer
+    from ttrl.sync import WeightLink, canary_text
     from ttrl.trainers.backends import TrainerSetup
 
-    recipe = checked.recipe
-    objective: Objective = build("objective", recipe.objective)
-    stabilizers: tuple[Stabilizer, ...] = tuple(build("stabilizer", plug) for plug in recipe.stabilizers)
-    data, tokenizer = (
-        recipe.data,
-        load_tokenizer(recipe.model.path),
-    )  # mistakes in prompts show before a model is loaded
+    recipe, data = checked.recipe, checked.recipe.data
+    setup = TrainerSetup.of(recipe, check_stop)
+    tokenizer = load_tokenizer(recipe.model.path)  # mistakes in prompts show before a model is loaded
     prompts = tokenize(checked.records, tokenizer, data.template, data.max_prompt_tokens)
     heldout = tokenize(checked.heldout, tokenizer, data.template, data.max_prompt_tokens)
-    engine: Engine = build("engine", recipe.rollout.engine, recipe.model, check_stop)
     longest = max(recipe.rollout.max_new_tokens, recipe.eval.max_new_tokens or 0)
-    check_room([*prompts, *heldout], longest, engine.max_positions)
-    trainer = build(
-        "backend", recipe.trainer.backend,
-        TrainerSetup(
-            model=recipe.model, trainer=recipe.trainer, objective=objective, stabilizers=stabilizers,
-            parameters=build("parameters", recipe.trainer.parameters), temperature=recipe.rollout.temperature,
-            steps=recipe.steps, seed=recipe.seed, check_stop=check_stop,
-        ),
-    )  # fmt: skip
+    pool = _pool(recipe, check_stop)
+    check_room([*prompts, *heldout], longest, pool.max_positions)
+    trainer: Trainer = build("backend", recipe.trainer.backend, setup)
+    canary = canary_text(prompts, pool.max_positions)
     rollout = recipe.rollout
     return Parts(
         recipe=recipe,
         prompts={prompt.id: prompt for prompt in prompts},
         source=checked.source,
         sampler=build_sampler(recipe, checked.reward, checked.reader),
-        pool=LocalPool(engine),
+        pool=pool,
         spec=SamplingSpec(
             max_new_tokens=rollout.max_new_tokens, temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k,
-            min_p=rollout.min_p, entropy="entropy" in checked.reward.needs | objective.needs,
+            min_p=rollout.min_p, entropy="entropy" in checked.reward.needs | setup.objective.needs,
         ),
         reward=checked.reward,
         gates=tuple(build("gate", plug) for plug in recipe.gates),
-        objective=objective,
+        objective=setup.objective,
         trainer=trainer,
+        link=WeightLink(trainer, pool, canary, exact=recipe.model.dtype == "float32"),
         evaluators=_evaluators(checked, prompts, heldout),
     )  # fmt: skip
+
+
+def _pool(recipe: Recipe, check_stop: StopCheck) -> Pool:
+    """The engines of a run, here or on a cluster."""
+    engine: Engine = build("engine", recipe.rollout.engine, recipe.model, check_stop)
+    return LocalPool(engine, bucket_bytes=recipe.cluster.bucket_mb << 20)
 
 
 def answer_reader(recipe: Recipe, reward: Reward | None) -> AnswerReader:

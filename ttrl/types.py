@@ -245,6 +245,16 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterSpec:
+    """A LoRA adapter without its tensors."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    """Names of the adapted modules, such as "model.layers.0.self_attn.q_proj"."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Health:
     """Answer to a ping."""
 

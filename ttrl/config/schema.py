@@ -87,6 +87,9 @@ class RolloutSection(Section):
     allow_truncated_sampling: bool = Field(
         False, description="accept top_p, top_k or min_p in training although they bias the ratio"
     )
+    ahead: Annotated[int, Strict(), Field(ge=0, le=8)] = Field(
+        0, description="steps that sampling may run ahead of training; 0: every rollout is from the current weights"
+    )
 
     @property
     def trained(self) -> int:
@@ -126,6 +129,60 @@ class TrainerSection(Section):
         1, description="optimizer updates made from the groups of one step, each on its own share"
     )
     gradient_checkpointing: bool = False
+    zero: Annotated[int, Strict(), Field(ge=0, le=3)] | None = Field(
+        None, description="deepspeed: ZeRO stage; default 2"
+    )
+    offload: Literal["none", "optimizer", "all"] | None = Field(
+        None, description="deepspeed: what lives in CPU memory; all: parameters too, with zero 3"
+    )
+    deepspeed: dict[str, Any] = Field(
+        default_factory=dict, description="deepspeed: raw configuration merged over ours; what it overrides is reported"
+    )
+
+    @model_validator(mode="after")
+    def _belongs_to_backend(self) -> TrainerSection:
+        if self.backend.use == "torch":
+            given = [name for name in ("zero", "offload") if getattr(self, name) is not None]
+            given += ["deepspeed"] if self.deepspeed else []
+            if given:
+                raise ValueError(
+                    f"{', '.join(given)}: only backend deepspeed knows this; set trainer.backend: deepspeed"
+                )
+        if self.offload == "all" and self.zero != 3:
+            raise ValueError("offload: all moves parameters to CPU memory, which needs zero: 3")
+        return self
+
+
+class ClusterSection(Section):
+    """Where rollout workers and trainer ranks run. `local` is one process; everything else goes through Ray."""
+
+    backend: Literal["local", "ray"] = "local"
+    address: str = Field(
+        "auto",
+        min_length=1,
+        description="auto: the running cluster ($RAY_ADDRESS, or ray start on this machine), else one of our own; "
+        "local: always one of our own, on this machine; HOST:PORT: that cluster or an error",
+    )
+    placement: Literal["colocated", "split"] = Field(
+        "colocated", description="colocated: workers and ranks share GPUs in turns; split: each has its own"
+    )
+    workers: Positive = Field(1, description="rollout workers, each with an engine")
+    ranks: Positive = Field(1, description="data-parallel trainer ranks (backend deepspeed)")
+    cpus_per_actor: Annotated[float, Strict(), Field(gt=0.0)] = 1.0
+    transport: Literal["auto", "object_store", "gloo", "nccl", "ipc"] = Field(
+        "auto", description="how weights reach the workers; auto: object_store (shared memory within a machine) on CPU"
+    )
+    bucket_mb: Positive = Field(256, description="weights in flight at once; two buckets exist at most")
+    start_seconds: Positive = Field(600, description="deadline of starting a worker or rank, model load included")
+    call_seconds: Positive = Field(3600, description="deadline of one remote call or collective")
+    replacements: NonNegative = Field(3, description="rollout workers replaced in a run before it fails")
+    dashboard: bool = False
+
+    @model_validator(mode="after")
+    def _needs_ray(self) -> ClusterSection:
+        if self.backend == "local" and (self.workers > 1 or self.ranks > 1):
+            raise ValueError("more than one worker or rank needs cluster.backend: ray")
+        return self
 
 
 class PromptSet(Section):
@@ -207,10 +264,17 @@ class Recipe(Section):
     eval: EvalSection = EvalSection()
     log: LogSection = LogSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    cluster: ClusterSection = ClusterSection()
     max_empty_steps: Positive = Field(
         5, description="end the run after this many steps in a row without anything to train on"
     )
     output: str = Field("", description="run folder; default runs/NAME")
+
+    @model_validator(mode="after")
+    def _ranks_need_deepspeed(self) -> Recipe:
+        if self.cluster.ranks > 1 and self.trainer.backend.use == "torch":
+            raise ValueError("cluster.ranks above 1 needs trainer.backend: deepspeed; torch is one process")
+        return self
 
     @model_validator(mode="before")
     @classmethod

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from ttrl.types import SamplingSpec
+from ttrl.types import FloatArray, IntArray, SamplingSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,3 +61,11 @@ def truncated(probs: Tensor, spec: SamplingSpec) -> Tensor:
     kept &= ordered >= spec.min_p * ordered[:, :1]
     kept[:, 0] = True
     return torch.zeros_like(probs).scatter(1, order, ordered * kept)
+
+
+def text_logprobs(model: PreTrainedModel, token_ids: IntArray) -> FloatArray:
+    """[T] -> [T - 1] log-probs at temperature 1 of every token but the first given those before it."""
+    ids = torch.as_tensor(token_ids, dtype=torch.long, device=model.device)
+    logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
+    found = torch.log_softmax(logits, dim=-1).gather(1, ids[1:, None])[:, 0]
+    return np.asarray(found.cpu().numpy(), np.float32)
