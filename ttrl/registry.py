@@ -46,7 +46,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
     },
     "objective": {"grpo": "ttrl.trainers.grpo:GRPO"},
     "advantage": {"grpo": "ttrl.trainers.advantages:grpo", "dr_grpo": "ttrl.trainers.advantages:dr_grpo"},
-    "loss": {"clip": "ttrl.trainers.losses.clip:ClipLoss"},
+    "loss": {"clip": "ttrl.trainers.losses.clip:ClipLoss", "tis": "ttrl.trainers.losses.tis:TISLoss"},
     "stabilizer": {"kl": "ttrl.trainers.losses.kl:KLAnchor"},
     "parameters": {"full": "ttrl.trainers.parameters:Full", "lora": "ttrl.trainers.parameters:LoRA"},
     "backend": {"torch": "ttrl.trainers.backends:torch"},
