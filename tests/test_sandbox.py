@@ -1,4 +1,4 @@
-"""The grading servers under attack: limits, recovery, threads, asyncio and Ray, and nothing left behind."""
+"""The grading servers under attack: limits, recovery, threads and asyncio. Ray actors: test_ray_rewards.py."""
 
 from __future__ import annotations
 
@@ -166,29 +166,6 @@ def test_bombs_from_a_worker_thread_are_cheap() -> None:
     thread.start()
     thread.join(60)
     check(measured[0])
-
-
-def test_bombs_in_a_ray_actor_are_cheap() -> None:
-    ray = pytest.importorskip("ray")
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, object_store_memory=80 << 20, runtime_env={
-        "env_vars": {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
-    })  # fmt: skip
-    try:
-
-        @ray.remote
-        class Grader:
-            def warm(self) -> None:
-                __import__("test_sandbox").warm()
-
-            def costs(self) -> dict[str, float]:
-                measured: dict[str, float] = __import__("test_sandbox").costs()
-                return measured
-
-        actor = Grader.remote()
-        ray.get(actor.warm.remote(), timeout=120)
-        check(ray.get(actor.costs.remote(), timeout=120))
-    finally:
-        ray.shutdown()
 
 
 def test_grading_works_under_asyncio_and_from_many_threads() -> None:
