@@ -6,11 +6,8 @@ the recipe's `with:` and is checked against the signature before any model loads
 
 from __future__ import annotations
 
-import hashlib
 import importlib
-import importlib.util
 import inspect
-import sys
 import typing
 from collections.abc import Callable
 from importlib.metadata import entry_points
@@ -19,6 +16,7 @@ from typing import Any, cast
 
 from pydantic import ConfigDict, ValidationError, create_model
 
+from ttrl import plugin_files
 from ttrl.config.explain import suggest
 from ttrl.config.schema import Plug
 from ttrl.errors import ConfigError
@@ -135,18 +133,8 @@ def _hints(factory: Callable[..., Any]) -> dict[str, Any]:
 def _load_file(path: Path) -> Any:
     if not path.is_file():
         raise ConfigError(f"plug-in file {path}: no such file")
-    # The module name is tied to the full path, so that two files called reward.py do not shadow each other.
-    name = f"ttrl_plugin_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
     try:
-        spec.loader.exec_module(module)
+        return importlib.import_module(plugin_files.module_name(path))
     except BaseException as error:
-        del sys.modules[name]
         error.add_note(f"while loading the plug-in file {path}")
         raise
-    return module
