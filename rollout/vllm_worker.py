@@ -13,6 +13,7 @@ from torch import Tensor
 from vllm.config import set_current_vllm_config
 from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.sample.sampler import Sampler
 
@@ -83,8 +84,14 @@ class Worker:
 
     def ttrl_begin(self) -> None:
         """New weights follow. CPU weights are repacked after loading, so they go through vLLM's layerwise reload."""
+        model = self.model_runner.get_model()
+        for layer in model.modules():
+            info = get_layerwise_info(layer)
+            if info.can_load():  # left over from a sync that was not completed
+                info.loaded_weights.clear()
+                info.load_numel = 0
         with set_current_vllm_config(self.vllm_config):
-            initialize_layerwise_reload(self.model_runner.get_model())
+            initialize_layerwise_reload(model)
 
     def ttrl_receive(self, name: str, tensor: Tensor) -> None:
         """One full tensor under its name in the checkpoint. Raises EngineError when vLLM does not know or skips it."""
