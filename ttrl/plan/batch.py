@@ -148,7 +148,9 @@ def _text(record: PromptRecord, template: str) -> str:
 def _count(texts: Sequence[str], path: str) -> tuple[int, str]:
     file = (bundled(path) or Path(path)) / "tokenizer.json"
     if not file.is_file():
-        return round(len(texts[-1]) / CHARACTERS_PER_TOKEN), f"{CHARACTERS_PER_TOKEN:g} characters each (no tokenizer.json)"
+        return round(
+            len(texts[-1]) / CHARACTERS_PER_TOKEN
+        ), f"{CHARACTERS_PER_TOKEN:g} characters each (no tokenizer.json)"
     from tokenizers import Tokenizer
 
     text = file.read_text(encoding="utf-8")
@@ -167,10 +169,7 @@ def micro_batches(work: Work, *, shared: bool, ranks: int = 1) -> list[MicroBatc
     """
     groups = max(1, -(-work.prompts // (work.updates * ranks)))
     prompt, longest = work.prompt, work.longest
-    if shared:
-        at_once = (work.budget - prompt) // longest
-    else:
-        at_once = work.budget // (prompt + longest)
+    at_once = (work.budget - prompt) // longest if shared else work.budget // (prompt + longest)
     at_once = min(work.trained, max(1, at_once))
     whole, rest = divmod(work.trained, at_once)
     parts = ([at_once] * whole + ([rest] if rest else [])) * groups
@@ -184,4 +183,3 @@ def micro_batches(work: Work, *, shared: bool, ranks: int = 1) -> list[MicroBatc
         batches[-1].append(rows)
         room -= cost
     return [MicroBatch(segments=tuple(rows), prompt=prompt, longest=longest, shared=shared) for rows in batches]
-

@@ -56,24 +56,25 @@ NETWORK = 50e9
 """Bytes per second and GPU between nodes: one 400 Gbit/s port each, as in DGX H100."""
 
 
-def _gpu(name: str, gigabytes: float, teraflops: float, bandwidth: float, link: float, price: float) -> Device:
-    """Terabytes per second of memory, gigabytes per second of link."""
+def _gpu(name: str, mebibytes: float, teraflops: float, bandwidth: float, link: float, price: float) -> Device:
+    """MiB as nvidia-smi shows them, terabytes per second of memory, gigabytes per second of link."""
     return Device(
-        name=name, memory=gigabytes * 1e9, flops=teraflops * 1e12, bandwidth=bandwidth * 1e12, link=link * 1e9, price=price
-    )
+        name=name, memory=mebibytes * 2**20, flops=teraflops * 1e12, bandwidth=bandwidth * 1e12, link=link * 1e9,
+        price=price,
+    )  # fmt: skip
 
 
 # PCIe 4.0 x16 carries 32 GB/s each way; NVLink 3, 4 and 5 carry 300, 450 and 900
 DEVICES = (
-    _gpu("H100", 80, 989, 3.35, 450, 3.0),
-    _gpu("H200", 141, 989, 4.8, 450, 4.0),
-    _gpu("B200", 180, 2250, 8.0, 900, 5.5),
-    _gpu("A100", 80, 312, 2.04, 300, 1.5),
-    _gpu("A100-40G", 40, 312, 1.56, 300, 1.3),
-    _gpu("L40S", 48, 362, 0.864, 32, 1.0),
-    _gpu("A10G", 24, 70, 0.6, 32, 0.8),
-    _gpu("L4", 24, 121, 0.3, 32, 0.6),
-    _gpu("RTX4090", 24, 165, 1.01, 32, 0.5),
+    _gpu("H100", 81559, 989, 3.35, 450, 3.0),
+    _gpu("H200", 143771, 989, 4.8, 450, 4.0),
+    _gpu("B200", 183359, 2250, 8.0, 900, 5.5),
+    _gpu("A100", 81920, 312, 2.04, 300, 1.5),
+    _gpu("A100-40G", 40960, 312, 1.56, 300, 1.3),
+    _gpu("L40S", 46068, 362, 0.864, 32, 1.0),
+    _gpu("A10G", 23028, 70, 0.6, 32, 0.8),
+    _gpu("L4", 23034, 121, 0.3, 32, 0.6),
+    _gpu("RTX4090", 24564, 165, 1.01, 32, 0.5),
 )
 
 CPU_FLOPS, CPU_BANDWIDTH = 35e9, 10e9
@@ -112,7 +113,12 @@ def this_cpu(memory: float | None = None) -> Device:
     """This machine: cores this process may use, memory of the machine or of its container, whichever is less."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Device(
-        name="cpu", memory=memory or _memory(), flops=cores * CPU_FLOPS, bandwidth=cores * CPU_BANDWIDTH, link=CPU_BANDWIDTH, price=0.0
+        name="cpu",
+        memory=memory or _memory(),
+        flops=cores * CPU_FLOPS,
+        bandwidth=cores * CPU_BANDWIDTH,
+        link=CPU_BANDWIDTH,
+        price=0.0,
     )
 
 

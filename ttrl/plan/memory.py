@@ -90,14 +90,17 @@ class Layout:
 def footprints(recipe: Recipe, shape: ModelShape, work: Work, layout: Layout, device: Device) -> tuple[Footprint, ...]:
     """Every kind of process (on a CPU) or device (GPU) of a layout."""
     engine = engine_items(recipe, shape, work, layout, device)
+    if recipe.rollout.ahead and layout.placement != "split":  # sampling goes on while the trainer works
+        engine = [Item(item.what, item.bytes, PHASES) for item in engine]
     rank = trainer_items(recipe, shape, work, layout, device)
     own = (Item("Python, torch and libraries", PROCESS), Item("report", REPORT, ("export",)))
+    waiting = Item("weights kept for sampling ahead", recipe.rollout.ahead * FLOAT * moved(recipe, shape))
     if layout.placement == "one process":
-        return (Footprint("the process", 1, (*own, *engine, *rank)),)
+        return (Footprint("the process", 1, (*own, *engine, *rank, waiting)),)
     if layout.placement == "processes":
         crossing = Item("weights in flight (two buckets)", 2 * recipe.cluster.bucket_mb * MIB, ("sync",))
         return (
-            Footprint("driver", 1, (*own, crossing)),
+            Footprint("driver", 1, (*own, crossing, waiting)),
             Footprint("rollout worker", layout.workers, (*own[:1], *engine)),
             Footprint("trainer rank", layout.ranks, (*own[:1], *rank)),
         )
@@ -116,7 +119,7 @@ def engine_items(recipe: Recipe, shape: ModelShape, work: Work, layout: Layout, 
     weights = width * shape.parameters / layout.tensor_parallel
     resident = PHASES
     if recipe.rollout.engine.use == "vllm":
-        if layout.placement == "colocated" and not device.is_cpu:  # asleep while the trainer works
+        if layout.placement == "colocated":  # asleep while the trainer works
             resident = ("sample", "sync")
         cache = Item("KV cache of vLLM", vllm_cache(recipe, shape, work, layout, device), ("sample",))
         rest = Item("vLLM workspace", 0 if device.is_cpu else VLLM_WORKSPACE, resident)
@@ -225,6 +228,14 @@ def _zero(recipe: Recipe, shape: ModelShape, part: Trained, ranks: int) -> list[
         live = width * (2 * shape.layer_parameters + shape.embedding)
         items.append(Item("gathered layers", live, ("train", "sync")))
     return items
+
+
+def moved(recipe: Recipe, shape: ModelShape) -> int:
+    """Parameters that a sync carries: adapters arrive merged, unless the engine was built to take them as they are."""
+    part = trained(recipe, shape)
+    if part.full or recipe.rollout.engine.options.get("lora_rank") is not None:
+        return part.parameters
+    return shape.layers * sum(inputs * outputs for name, inputs, outputs in shape.linears if name in part.targets)
 
 
 def host_bytes(recipe: Recipe, shape: ModelShape, ranks: int) -> float:

@@ -185,10 +185,16 @@ def shape_of_size(text: str) -> ModelShape:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([MB])", text.strip(), re.IGNORECASE)
     wanted = float(match[1]) * {"M": 1e6, "B": 1e9}[match[2].upper()] if match else 0.0
     if not 1e6 <= wanted <= 1e12:
-        raise ConfigError(f"--params {text!r}: give a number of parameters between 1M and 1000B, for example 350M or 7B")
+        raise ConfigError(
+            f"--params {text!r}: give a number of parameters between 1M and 1000B, for example 350M or 7B"
+        )
     near = min(KNOWN, key=lambda known: max(known.parameters / wanted, wanted / known.parameters))
     rest = near.parameters - near.layers * near.layer_parameters
     layers = max(1, round((wanted - rest) / near.layer_parameters))
     return replace(
-        near, name=text, layers=layers, positions=None, source=f"--params {text} (the shape of {near.name}, {layers} layers)"
+        near,
+        name=text,
+        layers=layers,
+        positions=None,
+        source=f"--params {text} (the shape of {near.name}, {layers} layers)",
     )
