@@ -39,6 +39,7 @@ from transformers import (
 )
 
 from ttrl.errors import ConfigError, EngineError, StopRequested
+from ttrl.model.weights import load_weights
 from ttrl.rollout.hf import HFEngine
 from ttrl.trainers.grpo import GRPO
 from ttrl.trainers.losses.kl import KLAnchor

@@ -32,7 +32,6 @@ from ttrl.protocols import (
 )  # fmt: skip
 from ttrl.registry import build, check, resolve
 from ttrl.rewards.reader import AnswerReader
-from ttrl.rollout.pool import LocalPool
 from ttrl.sinks import check_sinks
 from ttrl.templates import check_template
 from ttrl.types import Prompt, Rollout, SamplingSpec
@@ -166,6 +165,8 @@ def assemble(checked: Checked, check_stop: StopCheck) -> Parts:
 
 def _pool(recipe: Recipe, check_stop: StopCheck) -> Pool:
     """The engines of a run, here or on a cluster."""
+    from ttrl.rollout.pool import LocalPool
+
     engine: Engine = build("engine", recipe.rollout.engine, recipe.model, check_stop)
     return LocalPool(engine, bucket_bytes=recipe.cluster.bucket_mb << 20)
 
