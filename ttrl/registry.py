@@ -7,6 +7,7 @@ the recipe's `with:` and is checked against the signature before any model loads
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import typing
 from collections.abc import Callable
