@@ -42,7 +42,13 @@ def test_parameters_are_those_of_transformers(kind: str, fields: dict[str, Any],
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(
-        kind, hidden_size=64, intermediate_size=112, num_hidden_layers=3, num_attention_heads=4, vocab_size=300, **fields
+        kind,
+        hidden_size=64,
+        intermediate_size=112,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        vocab_size=300,
+        **fields,
     )
     config.save_pretrained(tmp_path)
     with torch.device("meta"):

@@ -90,7 +90,11 @@ def kept(shape: ModelShape, batch: MicroBatch, part: Trained, how: Precision, *,
     layer = _layer(shape, batch, part, how)
     casts = _casts(shape, batch, part) if how.autocast else 0.0
     stream = FLOAT if how.autocast or how.width == FLOAT else HALF
-    ends = batch.computed * shape.hidden * (stream + FLOAT) + batch.scored * shape.hidden * stream
+    ends = (
+        batch.computed * shape.hidden * FLOAT
+    )  # the last norm; what follows is kept for weights that are trained only
+    if part.full:
+        ends += batch.computed * shape.hidden * stream + batch.scored * shape.hidden * stream
     if checkpointing:
         inputs = shape.layers * batch.computed * shape.hidden * stream
         casts = casts if part.full else casts / shape.layers
