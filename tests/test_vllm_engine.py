@@ -25,7 +25,6 @@ from ttrl.errors import ConfigError, EngineError, StopRequested
 from ttrl.model.weights import NamedTensors, load_weights
 from ttrl.rollout.engines import hf, vllm
 from ttrl.rollout.pool import LocalPool
-from ttrl.rollout.vllm_start import Options
 from ttrl.sync import WeightLink
 from ttrl.trainers.parameters import LoRA
 from ttrl.types import Finish, IntArray, Request, Rollout, SamplingSpec, StepStats

@@ -29,7 +29,9 @@ def test_a_recipe_that_needs_vllm_says_how_to_get_it(monkeypatch) -> None:
     recipe = load_recipe("lab/vllm-quickstart")
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "vllm" else real(name))
-    with pytest.raises(ConfigError, match="'vllm' needs the package 'vllm'.*pip install 'ttrl.*scripts/setup_vllm_cpu"):
+    with pytest.raises(
+        ConfigError, match=r"'vllm' needs the package 'vllm'.*pip install 'ttrl.*scripts/setup_vllm_cpu"
+    ):
         check_recipe(recipe)
     # Python takes any folder of that name on its path for a package
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(origin=None))
@@ -81,10 +83,10 @@ def test_the_rest_of_a_fused_layer_is_found_once() -> None:
     }
     assert incomplete(dict.fromkeys(files, (1,)), fused, files, set()) == {}
     with pytest.raises(
-        EngineError, match="q_proj.weight is part of a fused layer of vLLM, but l.k_proj.weight was not sent"
+        EngineError, match=r"q_proj.weight is part of a fused layer of vLLM, but l.k_proj.weight was not sent"
     ):
         incomplete(both, fused, files, {"l.k_proj.weight"})
-    with pytest.raises(EngineError, match="l.k_proj.weight was not sent"):
+    with pytest.raises(EngineError, match=r"l.k_proj.weight was not sent"):
         incomplete(both, fused, Names(both), set())
 
 
