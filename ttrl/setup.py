@@ -142,6 +142,10 @@ def assemble(checked: Checked, check_stop: StopCheck) -> Parts:
     pool = _pool(recipe, check_stop)
     check_room([*prompts, *heldout], longest, pool.max_positions)
     trainer: Trainer = build("backend", recipe.trainer.backend, setup)
+    if pool.takes_adapters and trainer.weights(adapter=True).adapter is None:
+        raise ConfigError(
+            f"rollout.engine is set up for LoRA adapters (lora_rank), but trainer.parameters is {recipe.trainer.parameters.use!r}"
+        )
     canary = canary_text(prompts, pool.max_positions)
     rollout = recipe.rollout
     return Parts(
