@@ -30,7 +30,7 @@ from ttrl.trainers.backends import TrainerSetup
 from ttrl.trainers.dsconfig import DEFAULT_STAGE, deepspeed_config
 from ttrl.trainers.export import export
 from ttrl.trainers.microbatch import BatchLoss, checkpoint_layers
-from ttrl.trainers.process_group import Place, join, wants_gpu
+from ttrl.trainers.process_group import Place, join, leave, surroundings, wants_gpu
 from ttrl.trainers.rankstep import RankStep, merge
 from ttrl.trainers.schedule import lr_scale
 from ttrl.types import FloatArray, IntArray, PackedBatch, StepStats
@@ -76,13 +76,14 @@ class DeepSpeedTrainer:
         if trained is None:
             left = {key: value for key, value in config["zero_optimization"].items() if key != "offload_optimizer"}
             config = {**{k: v for k, v in config.items() if k != "optimizer"}, "zero_optimization": left}
-        if self._stage == 3:
-            deepspeed.zero.Init(module=whole, config_dict_or_path=config, dtype=DTYPES[self._setup.model.dtype])
-            for name, buffer in whole.named_buffers():
-                _replace_buffer(whole, name, buffer.to(self._device))
-        engine, *_ = deepspeed.initialize(
-            model=whole, model_parameters=trained, config=config, dist_init_required=False
-        )
+        with surroundings(self._place):
+            if self._stage == 3:
+                deepspeed.zero.Init(module=whole, config_dict_or_path=config, dtype=DTYPES[self._setup.model.dtype])
+                for name, buffer in whole.named_buffers():
+                    _replace_buffer(whole, name, buffer.to(self._device))
+            engine, *_ = deepspeed.initialize(
+                model=whole, model_parameters=trained, config=config, dist_init_required=False
+            )
         if trained is not None:
             forget_first_step(engine)
         return engine
@@ -167,7 +168,9 @@ class DeepSpeedTrainer:
         engine = self._engine
         for group in engine.basic_optimizer.param_groups:
             group["lr"] = lr
-        if engine.optimizer is engine.basic_optimizer:  # stage 0 in float32: DeepSpeed would clip, but not tell the norm
+        if (
+            engine.optimizer is engine.basic_optimizer
+        ):  # stage 0 in float32: DeepSpeed would clip, but not tell the norm
             held = [p for group in engine.optimizer.param_groups for p in group["params"]]
             norm = float(torch.nn.utils.clip_grad_norm_(held, self._config["gradient_clipping"]))
             if not np.isfinite(norm):
@@ -213,7 +216,9 @@ class DeepSpeedTrainer:
 
         write(self._engine, path, self._place.rank)
         if self._place.rank == 0:
-            (path / STATE).write_text(json.dumps({"version": self.version, **self._arrangement()}) + "\n", encoding="utf-8")
+            (path / STATE).write_text(
+                json.dumps({"version": self.version, **self._arrangement()}) + "\n", encoding="utf-8"
+            )
         dist.barrier()
 
     def load(self, path: Path) -> None:
@@ -231,7 +236,12 @@ class DeepSpeedTrainer:
 
     def _arrangement(self) -> dict[str, Any]:
         """What a state depends on."""
-        return {"zero": self._stage, "ranks": self._place.ranks, "dtype": self._setup.model.dtype, "parameters": self._manifest}
+        return {
+            "zero": self._stage,
+            "ranks": self._place.ranks,
+            "dtype": self._setup.model.dtype,
+            "parameters": self._manifest,
+        }
 
     def export(self, path: Path) -> None:
         """The adapted model as a plain transformers folder. Rank 0 holds one copy on its host and fills it tensor by tensor."""
@@ -246,6 +256,7 @@ class DeepSpeedTrainer:
     def close(self) -> None:
         """Releases what DeepSpeed holds. The process stays a rank."""
         self._engine.destroy()
+        leave(self._place)
 
 
 class _Whole(nn.Module):

@@ -6,6 +6,8 @@ import logging
 import os
 import socket
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -51,17 +53,15 @@ def join(place: Place, store: dist.Store | None = None, *, gpu: bool) -> None:
         if (dist.get_rank(), dist.get_world_size()) != (place.rank, place.ranks):
             raise TtrlError(f"this process is rank {dist.get_rank()} of {dist.get_world_size()} already")
     else:
-        # DeepSpeed asks the environment; a rank sees one device
-        os.environ.update(RANK=str(place.rank), WORLD_SIZE=str(place.ranks), LOCAL_RANK="0")
-        name = interface(place.address)
-        os.environ.update(GLOO_SOCKET_IFNAME=name, NCCL_SOCKET_IFNAME=name)
         if store is None and place.master is not None:
             host, port = place.master
             store = dist.TCPStore(host, port, place.ranks, is_master=False, timeout=timedelta(seconds=place.seconds))
-        dist.init_process_group(
-            "nccl" if gpu else "gloo", store=store or dist.HashStore(), rank=place.rank, world_size=place.ranks,
-            timeout=timedelta(seconds=place.seconds),
-        )  # fmt: skip
+        with surroundings(place):
+            dist.init_process_group(
+                "nccl" if gpu else "gloo", store=store or dist.HashStore(), rank=place.rank, world_size=place.ranks,
+                timeout=timedelta(seconds=place.seconds),
+            )  # fmt: skip
+    os.environ["LOCAL_RANK"] = "0"  # a rank sees one device; ZeRO-3 asks for it in every forward pass
     _attach_deepspeed(gpu=gpu)
 
 
@@ -75,6 +75,28 @@ def _attach_deepspeed(*, gpu: bool) -> None:
     # A kernel for inference that would be compiled now and never used
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if gpu else "gloo", auto_mpi_discovery=False, verbose=False)
+
+
+def leave(place: Place) -> None:
+    """For a process that does other things too: other libraries would read the variable as a request to start ranks."""
+    if place.ranks == 1:
+        os.environ.pop("LOCAL_RANK", None)
+
+
+@contextmanager
+def surroundings(place: Place) -> Iterator[None]:
+    """Process groups that are made inside use the one interface of the place."""
+    name = interface(place.address)
+    wanted = {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": name}
+    before = {key: os.environ.get(key) for key in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            os.environ.pop(key, None)
+            if value is not None:
+                os.environ[key] = value
 
 
 def interface(address: str) -> str:
