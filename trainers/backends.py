@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from ttrl.config.schema import ClusterSection, ModelSection, Recipe, TrainerSection
 from ttrl.protocols import Objective, Stabilizer, StopCheck, Trainer
 from ttrl.registry import build
 from ttrl.trainers.parameters import Parameters
+
+if TYPE_CHECKING:
+    from ttrl.cluster import Cluster
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +31,8 @@ class TrainerSetup:
     cluster: ClusterSection = field(default_factory=ClusterSection)
     recipe: Recipe | None = None
     """What ranks in other processes build the same parts from: plug-ins travel by name, not as objects."""
+    running: Cluster | None = None
+    """Where ranks are started; set when `cluster.backend` is ray."""
 
     @staticmethod
     def of(recipe: Recipe, check_stop: StopCheck) -> TrainerSetup:
@@ -44,3 +50,19 @@ def torch(setup: TrainerSetup) -> Trainer:
     from ttrl.trainers.torch_backend import TorchTrainer
 
     return TorchTrainer(setup)
+
+
+def deepspeed(setup: TrainerSetup) -> Trainer:
+    """One rank in this process, or `cluster.ranks` of them as actors of a cluster."""
+    from torch.cuda import is_available
+
+    from ttrl.trainers.dsconfig import report_overrides
+
+    report_overrides(setup.trainer, setup.model.dtype, gpu=is_available())
+    if setup.running is not None:
+        from ttrl.trainers.ranks import RankGroup
+
+        return RankGroup(setup, setup.running)
+    from ttrl.trainers.deepspeed_backend import DeepSpeedTrainer
+
+    return DeepSpeedTrainer(setup)

@@ -30,7 +30,7 @@ from ttrl.trainers.backends import TrainerSetup
 from ttrl.trainers.dsconfig import DEFAULT_STAGE, deepspeed_config
 from ttrl.trainers.export import export
 from ttrl.trainers.microbatch import BatchLoss, checkpoint_layers
-from ttrl.trainers.process_group import Place, join, leave, surroundings, wants_gpu
+from ttrl.trainers.process_group import Place, join, leave, limit_collectives, surroundings, wants_gpu
 from ttrl.trainers.rankstep import RankStep, merge
 from ttrl.trainers.schedule import lr_scale
 from ttrl.types import FloatArray, IntArray, PackedBatch, StepStats
@@ -41,7 +41,7 @@ STATE = "trainer.json"
 class DeepSpeedTrainer:
     """A rank among `place.ranks`, or the only one."""
 
-    def __init__(self, setup: TrainerSetup, place: Place | None = None, store: dist.Store | None = None) -> None:
+    def __init__(self, setup: TrainerSetup, place: Place | None = None, store: Any = None) -> None:
         self.version = 0
         self._setup, self._settings = setup, setup.trainer
         self._place = place or Place(seconds=float(setup.cluster.call_seconds))
@@ -60,6 +60,7 @@ class DeepSpeedTrainer:
         self._engine = self._initialize(self._whole, list(trained.values()))
         if self._loss.needs_frozen_copy:
             self._attach_frozen_copy()
+        limit_collectives(self._place.seconds)
 
     def _load(self) -> PreTrainedModel:
         """In the recipe's dtype. Under ZeRO-3 on the host, and tensor by tensor from there, so that no device holds all of it."""
@@ -159,7 +160,7 @@ class DeepSpeedTrainer:
             metrics.merge(result.metrics)
             return result.loss
 
-        loss = self._engine(work)
+        loss: Tensor = self._engine(work)
         self._engine.backward(loss * self._place.ranks, scale_wrt_gas=False)
         return loss.detach().double()
 

@@ -49,7 +49,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
     "loss": {"clip": "ttrl.trainers.losses.clip:ClipLoss"},
     "stabilizer": {"kl": "ttrl.trainers.losses.kl:KLAnchor"},
     "parameters": {"full": "ttrl.trainers.parameters:Full", "lora": "ttrl.trainers.parameters:LoRA"},
-    "backend": {"torch": "ttrl.trainers.backends:torch"},
+    "backend": {"deepspeed": "ttrl.trainers.backends:deepspeed", "torch": "ttrl.trainers.backends:torch"},
 }
 
 

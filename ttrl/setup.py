@@ -34,6 +34,7 @@ from ttrl.registry import build, check, resolve
 from ttrl.rewards.reader import AnswerReader
 from ttrl.sinks import check_sinks
 from ttrl.templates import check_template
+from ttrl.trainers.dsconfig import check_deepspeed
 from ttrl.types import Prompt, Rollout, SamplingSpec
 
 if TYPE_CHECKING:
@@ -96,6 +97,8 @@ def check_recipe(recipe: Recipe) -> Checked:
     built += [("gate", plug) for plug in recipe.gates] + [("stabilizer", plug) for plug in recipe.stabilizers]
     for slot, plug in built:
         attempt(lambda slot=slot, plug=plug: build(slot, plug))  # type: ignore[misc]
+    if recipe.trainer.backend.use == "deepspeed":
+        attempt(lambda: check_deepspeed(recipe))
     attempt(lambda: check_sinks(recipe))
     if reward is not None and recipe.rollout.votes_per_prompt < reward.min_votes:
         problems.append(
