@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ttrl.cluster import Cluster
 from ttrl.config.schema import ClusterSection, ModelSection, Recipe, TrainerSection
 from ttrl.protocols import Objective, Stabilizer, StopCheck, Trainer
 from ttrl.registry import build
@@ -27,15 +28,18 @@ class TrainerSetup:
     cluster: ClusterSection = field(default_factory=ClusterSection)
     recipe: Recipe | None = None
     """What ranks in other processes build the same parts from: plug-ins travel by name, not as objects."""
+    nodes: Cluster | None = None
+    """Where ranks run; None without cluster.backend: ray."""
 
     @staticmethod
-    def of(recipe: Recipe, check_stop: StopCheck) -> TrainerSetup:
+    def of(recipe: Recipe, check_stop: StopCheck, nodes: Cluster | None = None) -> TrainerSetup:
         """Fresh parts, as the recipe says. Raises ConfigError."""
         return TrainerSetup(
             model=recipe.model, trainer=recipe.trainer, objective=build("objective", recipe.objective),
             stabilizers=tuple(build("stabilizer", plug) for plug in recipe.stabilizers),
             parameters=build("parameters", recipe.trainer.parameters), temperature=recipe.rollout.temperature,
             steps=recipe.steps, seed=recipe.seed, check_stop=check_stop, cluster=recipe.cluster, recipe=recipe,
+            nodes=nodes,
         )  # fmt: skip
 
 
