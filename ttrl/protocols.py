@@ -335,6 +335,6 @@ Phase = Callable[[str], AbstractContextManager[None]]
 
 __all__ = [
     "Classify", "Engine", "ExplainedReward", "ForwardOut", "Gate", "LabelledReward", "LossOut", "Objective", "Phase", "Pool",
-    "RemoteWeights", "Reward", "RewardContext", "Sampler", "Source", "Stabilizer", "StatefulReward", "StopCheck", "TensorBatch", "Trainer",
-    "WeightSource", "WeightStamp",
+    "RemoteWeights", "Reward", "RewardContext", "Sampler", "Source", "Stabilizer", "StatefulReward", "StopCheck", "TensorBatch",
+    "Trainer", "WeightSource", "WeightStamp",
 ]  # fmt: skip

@@ -34,7 +34,6 @@ from ttrl.protocols import (
 )  # fmt: skip
 from ttrl.registry import build, check, resolve
 from ttrl.rewards.reader import AnswerReader
-from ttrl.rollout.pool import LocalPool
 from ttrl.sinks import check_sinks
 from ttrl.templates import check_template
 from ttrl.types import Prompt, Rollout, SamplingSpec
@@ -166,6 +165,7 @@ def _assemble(checked: Checked, check_stop: StopCheck, ending: ExitStack) -> Par
         spec=SamplingSpec(
             max_new_tokens=rollout.max_new_tokens, temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k,
             min_p=rollout.min_p, entropy="entropy" in checked.reward.needs | setup.objective.needs,
+            self_certainty="self_certainty" in checked.reward.needs,
         ),
         reward=checked.reward,
         gates=tuple(build("gate", plug) for plug in recipe.gates),
@@ -196,6 +196,8 @@ def _pool(recipe: Recipe, check_stop: StopCheck, nodes: Cluster | None) -> Pool:
         from ttrl.rollout.ray_pool import RayPool
 
         return RayPool(recipe, nodes)
+    from ttrl.rollout.pool import LocalPool
+
     engine: Engine = build("engine", recipe.rollout.engine, recipe.model, check_stop)
     return LocalPool(engine, bucket_bytes=recipe.cluster.bucket_mb << 20)
 
@@ -222,9 +224,11 @@ def _reward(recipe: Recipe) -> Reward:
         raise ConfigError(
             f"reward {recipe.reward.use!r} must be callable and have {', '.join(missing or ['__call__'])}"
         )
-    unknown = set(reward.needs) - {"entropy", "labels"}
+    unknown = set(reward.needs) - {"entropy", "self_certainty", "labels"}
     if unknown:
-        raise ConfigError(f"reward {recipe.reward.use!r} needs {sorted(unknown)}; rollouts can carry: entropy")
+        raise ConfigError(
+            f"reward {recipe.reward.use!r} needs {sorted(unknown)}; rollouts can carry: entropy, self_certainty"
+        )
     return reward
 
 
