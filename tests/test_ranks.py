@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +83,7 @@ def cluster(tiny_model_dir: Path) -> Iterator[Cluster]:
 
 def group_of(recipe: Recipe, cluster: Cluster, check_stop: Any = lambda: None) -> RankGroup:
     cluster.section = recipe.cluster
-    return RankGroup(replace(TrainerSetup.of(recipe, check_stop), running=cluster), cluster)
+    return RankGroup(TrainerSetup.of(recipe, check_stop, cluster), cluster)
 
 
 def batches(step: int) -> list[Any]:
