@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -105,7 +106,7 @@ def test_scaling_loses_efficiency_and_costs_more():
     assert [row.devices for row in rows] == [2**n for n in range(int(math.log2(rows[0].devices)), 11)]
     assert rows[0].efficiency == 1.0
     # A doubling may be a little more than twice as fast where it lets the two sides be divided better
-    assert all(later.step <= first.step * 1.001 for first, later in zip(rows, rows[1:], strict=False))
+    assert all(later.step <= first.step * 1.001 for first, later in pairwise(rows))
     assert rows[-1].efficiency < 0.5 < rows[1].efficiency and rows[-1].price > rows[0].price
 
 
