@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from ttrl.plan.shape import ModelShape
 Change = tuple[str, Any]
 """Dotted key and value, as on the command line."""
 MAX_FLEET = 64
+_ENGINE = "rollout.engine.with."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,30 +39,54 @@ def remedy(recipe: Recipe, shape: ModelShape, work: Work, fleet: Fleet) -> Remed
     for changes in knobs:
         size = _try(recipe, shape, work, fleet, changes)
         if size is not None and size <= fleet.device.memory:
-            return Remedy(changes=_texts(changes), needed=size)
-    taken: list[Change] = []
-    least = _try(recipe, shape, work, fleet, []) or float("inf")
-    for changes in knobs:
-        keys = {key for key, _ in changes}
-        merged = [change for change in taken if change[0] not in keys] + changes
-        size = _try(recipe, shape, work, fleet, merged)
-        if size is None or size >= least:
-            continue
-        taken, least = merged, size
-        if size <= fleet.device.memory:
-            return Remedy(changes=_texts(taken), needed=size)
-    return None if fleet.device.is_cpu else _more(recipe, shape, work, fleet, taken)
+            return Remedy(changes=_texts(changes, recipe), needed=size)
+    taken = _several(recipe, shape, work, fleet, knobs)
+    size = _try(recipe, shape, work, fleet, taken)
+    if size is not None and size <= fleet.device.memory:
+        return Remedy(changes=_texts(taken, recipe), needed=size)
+    return None if fleet.device.is_cpu else _more(recipe, shape, work, fleet)
 
 
-def _more(recipe: Recipe, shape: ModelShape, work: Work, fleet: Fleet, taken: list[Change]) -> Remedy | None:
+def _more(recipe: Recipe, shape: ModelShape, work: Work, fleet: Fleet) -> Remedy | None:
+    """The smallest doubling of the fleet on which the recipe fits, as it is or with other settings."""
     count = fleet.count * 2
     while count <= MAX_FLEET:
-        for changes in ([], taken):
-            size = _try(recipe, shape, work, Fleet(fleet.device, count), changes)
+        larger = Fleet(fleet.device, count)
+        knobs = list(_knobs(recipe, work, larger))
+        for changes in ([], _several(recipe, shape, work, larger, knobs)):
+            size = _try(recipe, shape, work, larger, changes)
             if size is not None and size <= fleet.device.memory:
-                return Remedy(changes=(f"--gpus {count}x{fleet.device.name}", *_texts(changes)), needed=size)
+                return Remedy(changes=(f"--gpus {larger}", *_texts(changes, recipe)), needed=size)
         count *= 2
     return None
+
+
+def _several(recipe: Recipe, shape: ModelShape, work: Work, fleet: Fleet, knobs: list[list[Change]]) -> list[Change]:
+    """Settings added while they lower the peak, again and again because another phase may then be the peak; needless ones go."""
+    taken: list[Change] = []
+    least = _try(recipe, shape, work, fleet, []) or float("inf")
+    before = float("inf")
+    while least < before and least > fleet.device.memory:
+        before = least
+        for changes in knobs:
+            merged = _merged(taken, changes)
+            size = _try(recipe, shape, work, fleet, merged)
+            if size is None or size >= least:
+                continue
+            taken, least = merged, size
+            if least <= fleet.device.memory:
+                break
+    for change in list(taken):
+        fewer = [other for other in taken if other != change]
+        size = _try(recipe, shape, work, fleet, fewer)
+        if size is not None and size <= fleet.device.memory:
+            taken = fewer
+    return taken
+
+
+def _merged(taken: list[Change], changes: list[Change]) -> list[Change]:
+    keys = {key for key, _ in changes}
+    return [change for change in taken if change[0] not in keys] + changes
 
 
 def _knobs(recipe: Recipe, work: Work, fleet: Fleet) -> Iterator[list[Change]]:
@@ -73,7 +99,7 @@ def _knobs(recipe: Recipe, work: Work, fleet: Fleet) -> Iterator[list[Change]]:
     if engine.use == "hf":
         rows = min(work.votes, int(engine.options.get("rows_at_once", 128))) // 2
         while rows >= 1:
-            yield [("rollout.engine.use", "hf"), ("rollout.engine.with.rows_at_once", rows)]
+            yield [("rollout.engine.with.rows_at_once", rows)]
             rows //= 4
     if not trainer.gradient_checkpointing:
         yield [("trainer.gradient_checkpointing", True)]
@@ -94,7 +120,7 @@ def _knobs(recipe: Recipe, work: Work, fleet: Fleet) -> Iterator[list[Change]]:
                 yield [("rollout.engine.with.tensor_parallel", parallel)]
                 parallel *= 2
         if trainer.offload is None:
-            yield [*base, ("trainer.offload", "optimizer")]
+            yield [*base, ("trainer.zero", max(trainer.zero or 2, 1)), ("trainer.offload", "optimizer")]
             yield [*base, ("trainer.zero", 3), ("trainer.offload", "all")]
     if recipe.model.dtype == "float32":
         yield [("model.dtype", "bfloat16")]
@@ -121,5 +147,16 @@ def _try(recipe: Recipe, shape: ModelShape, work: Work, fleet: Fleet, changes: l
     return min(sizes, default=None)
 
 
-def _texts(changes: list[Change]) -> tuple[str, ...]:
-    return tuple(f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in changes)
+def _texts(changes: list[Change], recipe: Recipe) -> tuple[str, ...]:
+    """Ready for the command line. The engine is written as a whole: an option of a plug-in cannot be set without its name."""
+    texts = [f"{key}={_yaml(value)}" for key, value in changes if not key.startswith(_ENGINE)]
+    options = {key.removeprefix(_ENGINE): value for key, value in changes if key.startswith(_ENGINE)}
+    if options:
+        engine = recipe.rollout.engine
+        texts.append(f"rollout.engine={_yaml({'use': engine.use, 'with': {**engine.options, **options}})}")
+    return tuple(texts)
+
+
+def _yaml(value: Any) -> str:
+    """JSON is YAML; names stay without quotation marks."""
+    return value if isinstance(value, str) else json.dumps(value)

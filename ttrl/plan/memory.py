@@ -164,7 +164,7 @@ def trainer_items(recipe: Recipe, shape: ModelShape, work: Work, layout: Layout,
     split = recipe.trainer.backend.use == "deepspeed"
     half = recipe.model.dtype == "bfloat16"
     how = Precision(width=HALF if half else FLOAT, autocast=half and not split)
-    held = _zero(recipe, shape, part, layout.ranks) if split else _plain(shape, part, on_cpu=device.is_cpu)
+    held = _zero(recipe, shape, part, layout.ranks) if split else _plain(recipe, shape, part, device)
     slack = HEAP if device.is_cpu else FRAGMENTS
     checkpointing = recipe.trainer.gradient_checkpointing
     shared = shape.shared_prefix and not checkpointing
@@ -176,7 +176,9 @@ def trainer_items(recipe: Recipe, shape: ModelShape, work: Work, layout: Layout,
     if "kl" in stabilizers:
         head = max(head, reference_head(shape, batch))
         if part.full:
-            held.append(Item("reference weights (kl)", (HALF if split and half else FLOAT) * shape.parameters))
+            whole = not (split and recipe.trainer.zero == 3)
+            copy = (HALF if split and half else FLOAT) * shape.parameters / (1 if whole else layout.ranks)
+            held.append(Item("reference weights (kl)", copy))
     gradients = next(item.bytes for item in held if item.what == "gradients")
     most_held = gradients if len(batches) > 1 else 0.0
     extra = (slack - 1) * (most_held + most.layers + most.casts + head)
@@ -193,7 +195,7 @@ def trainer_items(recipe: Recipe, shape: ModelShape, work: Work, layout: Layout,
     ]
 
 
-def _plain(shape: ModelShape, part: Trained, *, on_cpu: bool) -> list[Item]:
+def _plain(recipe: Recipe, shape: ModelShape, part: Trained, device: Device) -> list[Item]:
     """Back-end torch: float32 weights, AdamW's two moments; a checkpoint copies the moments, an export loads one more model."""
     moments = 2 * FLOAT * part.parameters
     adapters = 0 if part.full else FLOAT * part.parameters
@@ -203,7 +205,8 @@ def _plain(shape: ModelShape, part: Trained, *, on_cpu: bool) -> list[Item]:
         Item("AdamW moments", moments),
         Item("copy of the moments for the checkpoint", moments, ("checkpoint",)),
     ]
-    return [*items, Item("exported model", FLOAT * shape.parameters, ("export",))] if on_cpu else items
+    width = HALF if recipe.model.dtype == "bfloat16" else FLOAT
+    return [*items, Item("exported model", width * shape.parameters, ("export",))] if device.is_cpu else items
 
 
 def _zero(recipe: Recipe, shape: ModelShape, part: Trained, ranks: int) -> list[Item]:
@@ -213,7 +216,8 @@ def _zero(recipe: Recipe, shape: ModelShape, part: Trained, ranks: int) -> list[
     width = HALF if recipe.model.dtype == "bfloat16" else FLOAT
     adapters = 0 if part.full else part.parameters
     weights = width * (shape.parameters + adapters) / (ranks if stage == 3 else 1)
-    gradients = width * part.parameters / (ranks if stage >= 2 else 1)
+    # trainers/dsconfig.py accumulates in float32 from stage 2 on
+    gradients = FLOAT * part.parameters / ranks if stage >= 2 else width * part.parameters
     state = ranks if stage >= 1 else 1
     master = FLOAT * part.parameters / state if stage >= 1 or width == HALF else 0.0
     moments = 2 * FLOAT * part.parameters / state

@@ -35,7 +35,7 @@ def simulate(times: StepTime, steps: int, ahead: int) -> Timeline:
         needed = max(step - ahead, 0)
         start = max(sampled, published[needed])
         sampled = start + (times.sync if needed else 0.0) + times.sample
-        trained = max(trained, sampled + times.grade) + times.train + times.sync
+        trained = max(trained, sampled) + times.grade + times.train + times.sync
         published[step + 1] = trained
         ends.append(trained)
     return _timeline(ends, times, steps)

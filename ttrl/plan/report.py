@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -51,7 +52,7 @@ class Plan:
         reason = f"does not fit ({own.name}): needs {sizes}, where the largest part is {largest.what} ({largest.bytes / GIB:.1f} GiB)"
         if self.remedy is None:
             return f"{reason}; no setting helps: take a larger device or a smaller model"
-        return f"{reason}; it fits with {' '.join(self.remedy.changes)} ({self.remedy.needed / GIB:.1f} GiB)"
+        return f"{reason}; it fits with {shlex.join(self.remedy.changes)} ({self.remedy.needed / GIB:.1f} GiB)"
 
 
 def to_json(plan: Plan) -> dict[str, Any]:
