@@ -86,7 +86,8 @@ class VLLMEngine:
         return SamplingParams(
             temperature=spec.temperature, top_p=spec.top_p, top_k=spec.top_k, min_p=spec.min_p,
             max_tokens=spec.max_new_tokens, stop_token_ids=self._eos, seed=request.seed % 2**63 if own else None,
-            logprobs=2 if spec.self_certainty else int(spec.entropy), flat_logprobs=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
+            logprobs=2 if spec.self_certainty else int(spec.entropy), flat_logprobs=True, detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
         )  # fmt: skip
 
     def _run(self, jobs: Sequence[tuple[list[int], Any]]) -> list[Any]:
