@@ -178,16 +178,16 @@ class VLLMEngine:
             )
         if adapter is not None and rank is not None and adapter.rank > rank:
             raise EngineError(f"an adapter of rank {adapter.rank} came to a vLLM engine with lora_rank: {rank}")
-        self._intake, self._adapter, self._parts = Intake(version, manifest), adapter, {}
-        if adapter is None:
-            self._extra = incomplete(manifest, self._fused, self._files, self._sent)
-            if self._options.transfer is None:
-                self._call("ttrl_begin")
-            elif self._extra:
-                raise EngineError(
-                    f"{next(iter(self._extra))} is part of a fused layer that is not sent whole, which vLLM's weight transfer "
-                    "cannot load: set lora_rank, so that the adapter is sent instead, or cluster.transport: object_store"
-                )
+        extra = incomplete(manifest, self._fused, self._files, self._sent) if adapter is None else {}
+        if extra and self._options.transfer is not None:
+            raise EngineError(
+                f"{next(iter(extra))} is part of a fused layer that is not sent whole, which vLLM's weight transfer cannot "
+                "load: set lora_rank, so that the adapter is sent instead, or cluster.transport: object_store"
+            )
+        self._intake, self._extra = Intake(version, manifest), extra
+        self._adapter, self._parts = adapter, {}
+        if adapter is None and self._options.transfer is None:
+            self._call("ttrl_begin")
 
     def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Hand on tensor by tensor. Raises EngineError for what was not announced and for what vLLM does not take."""

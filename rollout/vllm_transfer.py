@@ -69,7 +69,8 @@ class Client:
 
 
 def connect(
-    transport: Literal["nccl", "ipc"], client: Client, source: Source, *, rank: int, world: int, address: str, port: int, bucket_bytes: int
+    transport: Literal["nccl", "ipc"], client: Client, source: Source, *, rank: int, world: int, address: str, port: int,
+    bucket_bytes: int,
 ) -> Any:  # fmt: skip
     """vLLM's sender for this trainer rank; `send_weights()` on every rank is a sync, `shutdown()` ends it.
 

@@ -30,7 +30,7 @@ from ttrl.trainers.backends import TrainerSetup
 from ttrl.trainers.dsconfig import DEFAULT_STAGE, deepspeed_config
 from ttrl.trainers.export import export
 from ttrl.trainers.microbatch import BatchLoss, checkpoint_layers
-from ttrl.trainers.process_group import Place, join, wants_gpu
+from ttrl.trainers.process_group import Place, join, leave, limit_collectives, surroundings, wants_gpu
 from ttrl.trainers.rankstep import RankStep, merge
 from ttrl.trainers.schedule import lr_scale
 from ttrl.types import FloatArray, IntArray, PackedBatch, StepStats
@@ -41,7 +41,7 @@ STATE = "trainer.json"
 class DeepSpeedTrainer:
     """A rank among `place.ranks`, or the only one."""
 
-    def __init__(self, setup: TrainerSetup, place: Place | None = None, store: dist.Store | None = None) -> None:
+    def __init__(self, setup: TrainerSetup, place: Place | None = None, store: Any = None) -> None:
         self.version = 0
         self._setup, self._settings = setup, setup.trainer
         self._place = place or Place(seconds=float(setup.cluster.call_seconds))
@@ -60,6 +60,7 @@ class DeepSpeedTrainer:
         self._engine = self._initialize(self._whole, list(trained.values()))
         if self._loss.needs_frozen_copy:
             self._attach_frozen_copy()
+        limit_collectives(self._place.seconds)
 
     def _load(self) -> PreTrainedModel:
         """In the recipe's dtype. Under ZeRO-3 on the host, and tensor by tensor from there, so that no device holds all of it."""
@@ -76,13 +77,14 @@ class DeepSpeedTrainer:
         if trained is None:
             left = {key: value for key, value in config["zero_optimization"].items() if key != "offload_optimizer"}
             config = {**{k: v for k, v in config.items() if k != "optimizer"}, "zero_optimization": left}
-        if self._stage == 3:
-            deepspeed.zero.Init(module=whole, config_dict_or_path=config, dtype=DTYPES[self._setup.model.dtype])
-            for name, buffer in whole.named_buffers():
-                _replace_buffer(whole, name, buffer.to(self._device))
-        engine, *_ = deepspeed.initialize(
-            model=whole, model_parameters=trained, config=config, dist_init_required=False
-        )
+        with surroundings(self._place):
+            if self._stage == 3:
+                deepspeed.zero.Init(module=whole, config_dict_or_path=config, dtype=DTYPES[self._setup.model.dtype])
+                for name, buffer in whole.named_buffers():
+                    _replace_buffer(whole, name, buffer.to(self._device))
+            engine, *_ = deepspeed.initialize(
+                model=whole, model_parameters=trained, config=config, dist_init_required=False
+            )
         if trained is not None:
             forget_first_step(engine)
         return engine
@@ -158,7 +160,7 @@ class DeepSpeedTrainer:
             metrics.merge(result.metrics)
             return result.loss
 
-        loss = self._engine(work)
+        loss: Tensor = self._engine(work)
         self._engine.backward(loss * self._place.ranks, scale_wrt_gas=False)
         return loss.detach().double()
 
@@ -167,7 +169,9 @@ class DeepSpeedTrainer:
         engine = self._engine
         for group in engine.basic_optimizer.param_groups:
             group["lr"] = lr
-        if engine.optimizer is engine.basic_optimizer:  # stage 0 in float32: DeepSpeed would clip, but not tell the norm
+        if (
+            engine.optimizer is engine.basic_optimizer
+        ):  # stage 0 in float32: DeepSpeed would clip, but not tell the norm
             held = [p for group in engine.optimizer.param_groups for p in group["params"]]
             norm = float(torch.nn.utils.clip_grad_norm_(held, self._config["gradient_clipping"]))
             if not np.isfinite(norm):
@@ -213,7 +217,9 @@ class DeepSpeedTrainer:
 
         write(self._engine, path, self._place.rank)
         if self._place.rank == 0:
-            (path / STATE).write_text(json.dumps({"version": self.version, **self._arrangement()}) + "\n", encoding="utf-8")
+            (path / STATE).write_text(
+                json.dumps({"version": self.version, **self._arrangement()}) + "\n", encoding="utf-8"
+            )
         dist.barrier()
 
     def load(self, path: Path) -> None:
@@ -231,7 +237,12 @@ class DeepSpeedTrainer:
 
     def _arrangement(self) -> dict[str, Any]:
         """What a state depends on."""
-        return {"zero": self._stage, "ranks": self._place.ranks, "dtype": self._setup.model.dtype, "parameters": self._manifest}
+        return {
+            "zero": self._stage,
+            "ranks": self._place.ranks,
+            "dtype": self._setup.model.dtype,
+            "parameters": self._manifest,
+        }
 
     def export(self, path: Path) -> None:
         """The adapted model as a plain transformers folder. Rank 0 holds one copy on its host and fills it tensor by tensor."""
@@ -246,6 +257,7 @@ class DeepSpeedTrainer:
     def close(self) -> None:
         """Releases what DeepSpeed holds. The process stays a rank."""
         self._engine.destroy()
+        leave(self._place)
 
 
 class _Whole(nn.Module):

@@ -48,7 +48,9 @@ def check_deepspeed(recipe: Recipe) -> None:
         if _holds(settings.deepspeed, key)
     ]
     if settings.offload in ("optimizer", "all") and settings.zero == 0:
-        problems.append("trainer.offload needs trainer.zero of at least 1; without ZeRO there is no optimizer state to move")
+        problems.append(
+            "trainer.offload needs trainer.zero of at least 1; without ZeRO there is no optimizer state to move"
+        )
     if problems:
         raise ConfigError("\n".join(problems))
 

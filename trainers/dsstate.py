@@ -40,7 +40,10 @@ def masters(engine: Any) -> list[Tensor]:
 def write(engine: Any, folder: Path, rank: int) -> None:
     """rank-NNNN.trained.safetensors, rank-NNNN.optimizer.safetensors, rank-NNNN.optimizer.json in `folder`."""
     trained = masters(engine)
-    save_file({f"{i:06d}": t.detach().cpu().contiguous().clone() for i, t in enumerate(trained)}, _file(folder, rank, "trained"))
+    save_file(
+        {f"{i:06d}": t.detach().cpu().contiguous().clone() for i, t in enumerate(trained)},
+        _file(folder, rank, "trained"),
+    )
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, float] = {}
     for i, master in enumerate(trained):

@@ -52,7 +52,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
     "loss": {"clip": "ttrl.trainers.losses.clip:ClipLoss", "tis": "ttrl.trainers.losses.tis:TISLoss"},
     "stabilizer": {"kl": "ttrl.trainers.losses.kl:KLAnchor"},
     "parameters": {"full": "ttrl.trainers.parameters:Full", "lora": "ttrl.trainers.parameters:LoRA"},
-    "backend": {"torch": "ttrl.trainers.backends:torch"},
+    "backend": {"deepspeed": "ttrl.trainers.backends:deepspeed", "torch": "ttrl.trainers.backends:torch"},
 }
 
 # Built-ins that need a package beyond the dependencies: slot -> name -> (package, how to get it).
