@@ -135,9 +135,9 @@ def saved_by_autograd(batch: MicroBatch, *, half: bool, lora: Any, checkpointing
     from helpers_torch import tiny_llama
 
     from ttrl.trainers.forward import CompletionScorer
+    from ttrl.trainers.microbatch import checkpoint_layers
     from ttrl.trainers.packing import pack
     from ttrl.trainers.parameters import Full, LoRA
-    from ttrl.trainers.microbatch import checkpoint_layers
     from ttrl.types import Sample
 
     model = tiny_llama(
