@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ttrl.config import Recipe
@@ -102,6 +102,8 @@ def test_zero_stages_by_hand():
 
 
 @pytest.mark.parametrize("shared", [True, False])
+@example(prompts=4, trained=2, prompt=2, longest=4, budget=20)  # two groups, or rows of them, fit exactly
+@example(prompts=4, trained=4, prompt=2, longest=4, budget=24)
 @given(
     prompts=st.integers(1, 6), trained=st.integers(2, 9), prompt=st.integers(1, 30), longest=st.integers(1, 40),
     budget=st.integers(1, 400),
