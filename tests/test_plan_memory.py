@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ttrl.config import Recipe
 from ttrl.plan.activations import Precision, kept, trained
-from ttrl.plan.batch import MicroBatch, Work, micro_batches
+from ttrl.plan.batch import MicroBatch, Work, cut
 from ttrl.plan.devices import Fleet, parse_gpus
 from ttrl.plan.memory import Layout, footprints
 from ttrl.plan.options import layouts, needed, options
@@ -102,6 +102,8 @@ def test_zero_stages_by_hand():
 
 
 @pytest.mark.parametrize("shared", [True, False])
+@example(prompts=4, trained=2, prompt=2, longest=4, budget=20)  # two groups, or rows of them, fit exactly
+@example(prompts=4, trained=4, prompt=2, longest=4, budget=24)
 @given(
     prompts=st.integers(1, 6), trained=st.integers(2, 9), prompt=st.integers(1, 30), longest=st.integers(1, 40),
     budget=st.integers(1, 400),
@@ -120,10 +122,9 @@ def test_micro_batches_are_those_of_the_packer(shared: bool, prompts, trained, p
         for _ in range(trained)
     ]  # fmt: skip
     packed = [tuple(len(s.lengths) for s in batch.segments) for batch in pack(samples, budget, shared_prompt=shared)]
-    planned = micro_batches(
-        work(prompts=prompts, trained=trained, prompt=prompt, longest=longest, budget=budget), shared=shared
-    )
-    assert [batch.segments for batch in planned] == packed
+    planned = cut(work(prompts=prompts, trained=trained, prompt=prompt, longest=longest, budget=budget), shared=shared)
+    assert [batch.segments for batch in planned.kinds] == list(dict.fromkeys(packed))
+    assert (planned.count, planned.segments) == (len(packed), sum(len(rows) for rows in packed))
 
 
 LAYERS = 8  # with adapters the first layer keeps a little less, which the formulas leave out
@@ -136,9 +137,9 @@ def saved_by_autograd(batch: MicroBatch, *, half: bool, lora: Any, checkpointing
     from helpers_torch import tiny_llama
 
     from ttrl.trainers.forward import CompletionScorer
+    from ttrl.trainers.microbatch import checkpoint_layers
     from ttrl.trainers.packing import pack
     from ttrl.trainers.parameters import Full, LoRA
-    from ttrl.trainers.torch_backend import _checkpoint_layers
     from ttrl.types import Sample
 
     model = tiny_llama(
@@ -146,7 +147,7 @@ def saved_by_autograd(batch: MicroBatch, *, half: bool, lora: Any, checkpointing
         num_hidden_layers=LAYERS,
     )  # fmt: skip
     if checkpointing:
-        _checkpoint_layers(model)
+        checkpoint_layers(model)
     (LoRA(**lora["with"]) if lora else Full()).attach(model, 0)
     scorer = CompletionScorer(model, 1.0, shared_prefix=not checkpointing)
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from ttrl.config.load import bundled
@@ -162,11 +163,19 @@ def _count(texts: Sequence[str], path: str) -> tuple[int, str]:
     return max(len(core.encode(prompt).ids) for prompt in texts), "counted with tokenizer.json"
 
 
-def micro_batches(work: Work, *, shared: bool, ranks: int = 1) -> list[MicroBatch]:
-    """One update of one rank when every completion runs to its limit: cut as ttrl/trainers/packing.py cuts.
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """One update of one rank in micro-batches."""
 
-    `tests/test_plan_memory.py` holds it against `pack`.
-    """
+    kinds: tuple[MicroBatch, ...]
+    """different ones only, in order of appearance: a large step has many of the same"""
+    count: int
+    segments: int
+
+
+@lru_cache(maxsize=256)
+def cut(work: Work, *, shared: bool, ranks: int = 1) -> Cut:
+    """When every completion runs to its limit: as ttrl/trainers/packing.py does. A test holds it against `pack`."""
     groups = max(1, -(-work.prompts // (work.updates * ranks)))
     prompt, longest = work.prompt, work.longest
     at_once = (work.budget - prompt) // longest if shared else work.budget // (prompt + longest)
@@ -182,4 +191,8 @@ def micro_batches(work: Work, *, shared: bool, ranks: int = 1) -> list[MicroBatc
             room = work.budget
         batches[-1].append(rows)
         room -= cost
-    return [MicroBatch(segments=tuple(rows), prompt=prompt, longest=longest, shared=shared) for rows in batches]
+    kinds = dict.fromkeys(tuple(rows) for rows in batches)
+    return Cut(
+        kinds=tuple(MicroBatch(segments=rows, prompt=prompt, longest=longest, shared=shared) for rows in kinds),
+        count=len(batches), segments=len(parts),
+    )  # fmt: skip

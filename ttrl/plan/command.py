@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ttrl.config.explain import suggest
 from ttrl.config.schema import Recipe
 from ttrl.errors import ConfigError
-from ttrl.plan import devices, memory, speed
+from ttrl.plan import devices, memory, pipeline, speed
 from ttrl.plan.batch import read_work
 from ttrl.plan.devices import Fleet, parse_gpus
 from ttrl.plan.fit import remedy
@@ -77,6 +77,7 @@ def _notes(recipe: Recipe, shape: ModelShape, fleet: Fleet, found: list[Option])
         f"{speed.READ_SHARE:.0%} of peak bandwidth; nothing was measured on a GPU",
         f"a token costs {speed.VLLM_TOKEN * 1e3:g} ms beside arithmetic in vLLM, {speed.HF_LAYER * 1e3:g} ms per layer in hf; "
         f"grading {speed.GRADE * 1e3:g} ms per rollout; broadcast of weights {speed.BROADCAST / 1e9:g} GB/s",
+        f"sampling of a step takes {pipeline.UNEVEN[0]:g} and {pipeline.UNEVEN[1]:g} of the mean in turn",
         "evaluations, checkpoints and start-up are not counted in hours",
     ]
     if fleet.count > 1:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from ttrl.config.schema import Recipe
 from ttrl.plan.activations import FLOAT, HALF, Precision, Trained, kept, reference_head, trained
-from ttrl.plan.batch import Work, micro_batches
+from ttrl.plan.batch import Work, cut
 from ttrl.plan.devices import Device
 from ttrl.plan.shape import ModelShape
 
@@ -168,8 +168,8 @@ def trainer_items(recipe: Recipe, shape: ModelShape, work: Work, layout: Layout,
     slack = HEAP if device.is_cpu else FRAGMENTS
     checkpointing = recipe.trainer.gradient_checkpointing
     shared = shape.shared_prefix and not checkpointing
-    batches = micro_batches(work, shared=shared, ranks=layout.ranks)
-    needs = [(kept(shape, batch, part, how, checkpointing=checkpointing), batch) for batch in batches]
+    batches = cut(work, shared=shared, ranks=layout.ranks)
+    needs = [(kept(shape, batch, part, how, checkpointing=checkpointing), batch) for batch in batches.kinds]
     most, batch = max(needs, key=lambda pair: pair[0].total)
     head = most.head
     stabilizers = [plug.use for plug in recipe.stabilizers]
@@ -180,7 +180,7 @@ def trainer_items(recipe: Recipe, shape: ModelShape, work: Work, layout: Layout,
             copy = (HALF if split and half else FLOAT) * shape.parameters / (1 if whole else layout.ranks)
             held.append(Item("reference weights (kl)", copy))
     gradients = next(item.bytes for item in held if item.what == "gradients")
-    most_held = gradients if len(batches) > 1 else 0.0
+    most_held = gradients if batches.count > 1 else 0.0
     extra = (slack - 1) * (most_held + most.layers + most.casts + head)
     held = [item for item in held if item.what != "gradients"]
     return [

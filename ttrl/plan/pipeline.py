@@ -2,13 +2,19 @@
 
 In step, everything waits for everything. Ahead by k, sampling of step j needs weights after max(j - k, 0) steps, so at most k
 steps of sampling are under way while training goes on; a sync stops both sides.
+
+With equal steps, one step ahead is all that can be gained. Steps are not equal, so sampling takes more and less time in turn.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ttrl.plan.speed import StepTime
+
+UNEVEN = (1.2, 0.8)
+"""Sampling time of a step over its mean, in turn: prompts differ. An assumption."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,25 +30,19 @@ class Timeline:
     training_busy: float
 
 
-def simulate(times: StepTime, steps: int, ahead: int) -> Timeline:
-    """A run of `steps` equal steps."""
-    if ahead == 0:
-        return _timeline([(step + 1) * times.total for step in range(steps)], times, steps)
-    published = [0.0] * (steps + 1)  # when the weights after so many steps are out
-    sampled, trained = 0.0, 0.0
-    ends = []
+def simulate(times: StepTime, steps: int, ahead: int, uneven: Sequence[float] = UNEVEN) -> Timeline:
+    """A run of `steps` steps."""
+    sampled, trained = 0.0, 0.0  # when each side was done last
+    published = [0.0] * (steps + 1)  # when the weights after so many steps were out
     for step in range(steps):
         needed = max(step - ahead, 0)
+        fetch = times.sync if ahead and needed else 0.0  # in step, the trainer's sync is the only one
         start = max(sampled, published[needed])
-        sampled = start + (times.sync if needed else 0.0) + times.sample
+        sampled = start + fetch + times.sample * uneven[step % len(uneven)]
         trained = max(trained, sampled) + times.grade + times.train + times.sync
         published[step + 1] = trained
-        ends.append(trained)
-    return _timeline(ends, times, steps)
-
-
-def _timeline(ends: list[float], times: StepTime, steps: int) -> Timeline:
-    total = ends[-1]
-    half = steps // 2
-    step = (ends[-1] - ends[half]) / (steps - 1 - half) if steps - 1 > half else total / steps
-    return Timeline(total, step, steps * times.sample / total, steps * (times.train + times.grade) / total)
+    total, half = published[-1], steps // 2 // len(uneven) * len(uneven)
+    rest = (steps - half) // len(uneven) * len(uneven)  # whole rounds
+    step_time = (published[half + rest] - published[half]) / rest if half and rest else total / steps
+    sampling = times.sample * sum(uneven[step % len(uneven)] for step in range(steps))
+    return Timeline(total, step_time, sampling / total, steps * (times.train + times.grade) / total)

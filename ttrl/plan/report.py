@@ -17,6 +17,9 @@ from ttrl.plan.memory import GIB, PHASES
 from ttrl.plan.options import Option, Scale
 from ttrl.plan.shape import ModelShape
 
+TIGHT = 0.9
+"""Share of the memory above which a plan says so: predictions were up to 15 % off (docs/plan.md)."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
@@ -47,7 +50,8 @@ class Plan:
             f"{own.needed / GIB:.1f} GiB of {own.available / GIB:.1f} GiB of {where}, most in phase {fullest.phase!r}"
         )
         if own.fits:
-            return f"fits ({own.name}): needs {sizes}"
+            barely = ", but barely" if own.needed > TIGHT * own.available else ""
+            return f"fits{barely} ({own.name}): needs {sizes}"
         largest = max((i for i in fullest.items if fullest.phase in i.phases), key=lambda item: item.bytes)
         reason = f"does not fit ({own.name}): needs {sizes}, where the largest part is {largest.what} ({largest.bytes / GIB:.1f} GiB)"
         if self.remedy is None:

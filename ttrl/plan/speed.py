@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from ttrl.config.schema import Recipe
 from ttrl.plan.activations import FLOAT, HALF, LOGITS_AT_ONCE, Trained, trained
-from ttrl.plan.batch import Work, micro_batches
+from ttrl.plan.batch import Work, cut
 from ttrl.plan.devices import CPU_BANDWIDTH, CPU_FLOPS, NETWORK, NODE, Device
 from ttrl.plan.memory import Layout, moved, vllm_cache
 from ttrl.plan.shape import ModelShape
@@ -143,12 +143,12 @@ def train_flops(recipe: Recipe, shape: ModelShape, work: Work, part: Trained) ->
     shared = shape.shared_prefix and not checkpointing
     reference = 2 if any(plug.use == "kl" for plug in recipe.stabilizers) else 0
     per_weight = 2 + 2 + (2 if part.full else 0) + (2 if checkpointing else 0) + reference
-    batches = micro_batches(work, shared=shared)
-    segments = sum(len(batch.segments) for batch in batches) * work.updates
+    batches = cut(work, shared=shared)
+    segments = batches.segments * work.updates
     scored = work.prompts * work.trained * work.mean
     prompts = segments if shared else work.prompts * work.trained
     tokens = prompts * work.prompt + scored
-    head = per_weight + (2 if batches[0].scored * shape.vocabulary > LOGITS_AT_ONCE else 0)
+    head = per_weight + (2 if batches.kinds[0].scored * shape.vocabulary > LOGITS_AT_ONCE else 0)
     attention = 4 * shape.layers * shape.query * (work.prompt + work.mean / 2)
     return (
         per_weight * tokens * (shape.layers * shape.layer_matrices)
@@ -166,7 +166,7 @@ def _exchange(recipe: Recipe, shape: ModelShape, work: Work, layout: Layout, dev
     volume = 2 * width * part.parameters * (layout.ranks - 1) / layout.ranks * work.updates
     if recipe.trainer.zero == 3:
         shared = shape.shared_prefix and not recipe.trainer.gradient_checkpointing
-        batches = len(micro_batches(work, shared=shared, ranks=layout.ranks)) * work.updates
+        batches = cut(work, shared=shared, ranks=layout.ranks).count * work.updates
         volume += 2 * width * shape.parameters * batches
     return volume / link
 
