@@ -86,7 +86,8 @@ class VLLMEngine:
         return SamplingParams(
             temperature=spec.temperature, top_p=spec.top_p, top_k=spec.top_k, min_p=spec.min_p,
             max_tokens=spec.max_new_tokens, stop_token_ids=self._eos, seed=request.seed % 2**63 if own else None,
-            logprobs=1 if spec.entropy else 0, flat_logprobs=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
+            logprobs=2 if spec.self_certainty else int(spec.entropy), flat_logprobs=True, detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
         )  # fmt: skip
 
     def _run(self, jobs: Sequence[tuple[list[int], Any]]) -> list[Any]:
@@ -123,7 +124,7 @@ class VLLMEngine:
     def _rollout(self, request: Request, output: Any) -> Rollout:
         found = output.outputs[0]
         ids = np.asarray(found.token_ids, np.int32)
-        # [T, 1 or 2]: the sampled token's log-prob, then the entropy if it was asked for
+        # [T, 1 to 3]: the sampled token's log-prob, the entropy, self-certainty (see vllm_worker.RecordingSampler)
         table = np.asarray(found.logprobs.logprobs, np.float32).reshape(len(ids), -1)
         if not np.isfinite(table).all():
             raise EngineError("the model gave log-probs that are not finite: its weights, or its dtype, are broken")
@@ -136,6 +137,7 @@ class VLLMEngine:
             token_ids=ids,
             logprobs=table[:, 0].copy(),
             entropy=table[:, 1].copy() if request.spec.entropy else None,
+            self_certainty=table[:, 2].copy() if request.spec.self_certainty else None,
             text=self.tokenizer.decode(whole.tolist(), skip_special_tokens=True),
             finish=_FINISH[found.finish_reason],
             weights=self._stamp,

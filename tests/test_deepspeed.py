@@ -23,6 +23,7 @@ from helpers_torch import (
 )
 from transformers import AutoModelForCausalLM
 
+from ttrl.errors import ConfigError
 from ttrl.metrics import MetricSet
 from ttrl.model.weights import Intake
 from ttrl.protocols import ForwardOut, LossOut, TensorBatch
@@ -385,7 +386,7 @@ def test_a_state_of_another_arrangement_is_refused(two_ranks: Ranks, tiny_model_
         ({"settings": {"zero": 2}, "lora": True}, "written with .*: "),
     ):
         ours = rank_trainer(tiny_model_dir, **fields)
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ConfigError, match=message):
             ours.load(tmp_path)
         ours.close()
 

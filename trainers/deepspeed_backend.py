@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ttrl.errors import ConfigError
 from ttrl.metrics import MetricSet, require_finite
 from ttrl.model.load import DTYPES, load_model
 from ttrl.model.sampling import text_logprobs
@@ -223,15 +224,19 @@ class DeepSpeedTrainer:
         dist.barrier()
 
     def load(self, path: Path) -> None:
-        """Continue exactly where `save` was called. Raises ValueError for another stage, number of ranks or set of parameters."""
+        """Continue exactly where `save` was called. Raises ConfigError for another stage, number of ranks or set of parameters."""
         from ttrl.trainers.dsstate import read
 
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
         for name, value in self._arrangement().items():
             if state.get(name) != value:
-                held = "others" if name == "parameters" else repr(state.get(name, "unknown"))
-                wanted = "those of this recipe" if name == "parameters" else repr(value)
-                raise ValueError(f"{path}: was written with {name}: {held}, which cannot be continued with {wanted}")
+                held, wanted = (
+                    (str(state.get(name, "unknown")), str(value)) if name != "parameters" else ("others", "these")
+                )
+                raise ConfigError(
+                    f"{path}: was written with {name}: {held}, which cannot be continued with {wanted}; set what it was, or start "
+                    "a new run"
+                )
         read(self._engine, path, self._place.rank)
         self.version = int(state["version"])
 

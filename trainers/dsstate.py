@@ -58,12 +58,14 @@ def write(engine: Any, folder: Path, rank: int) -> None:
 
 @torch.no_grad()
 def read(engine: Any, folder: Path, rank: int) -> None:
-    """Undo `write`. Raises ValueError when the state is of another arrangement."""
+    """Undo `write`. Raises ConfigError when the state is of another arrangement."""
     trained = masters(engine)
     with safe_open(_file(folder, rank, "trained"), framework="pt") as file:
         held = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - not a mapping
         if held != {f"{i:06d}": tuple(t.shape) for i, t in enumerate(trained)}:
-            raise ValueError(f"{folder}: holds other parameters than this recipe trains, or splits them in another way")
+            raise ConfigError(
+                f"{folder}: holds other parameters than this recipe trains, or splits them in another way"
+            )
         for i, master in enumerate(trained):
             master.data.copy_(file.get_tensor(f"{i:06d}"))
     state = engine.basic_optimizer.state

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +44,8 @@ class RankActor:
         from ttrl.trainers.backends import TrainerSetup
         from ttrl.trainers.deepspeed_backend import DeepSpeedTrainer
 
+        # What arrives through the object store is read-only, and is only read
+        warnings.filterwarnings("ignore", message="The given (buffer|NumPy array) is not writable")
         setup = TrainerSetup.of(recipe, lambda: None)  # the user's wish to stop reaches the driver
         self._place = place
         self._trainer = DeepSpeedTrainer(setup, place, self._store)

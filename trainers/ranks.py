@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ttrl.cluster import Cluster, Lost
-from ttrl.errors import ClusterError, ConfigError, TtrlError
+from ttrl.errors import ClusterError, TtrlError
 from ttrl.protocols import WeightSource
 from ttrl.trainers.dealing import computed_tokens, deal
 from ttrl.trainers.dsconfig import DEFAULT_STAGE
@@ -164,19 +164,15 @@ class RankGroup:
         """Of one call, in the order of the ranks. After any failure the ranks are out of step, so all of them are ended."""
         try:
             return self._cluster.get(refs, seconds=seconds, what=what, may_stop=may_stop)
-        except RuntimeError as error:
-            if isinstance(error, TtrlError) or not COLLECTIVE.search(str(error)):
-                self._end(f"{type(error).__name__}: {error}")
-                raise
-            blamed = self._blamed(refs, what)
-            self._end(blamed)
-            raise ClusterError(f"{what}: {blamed}") from error
         except BaseException as error:
-            self._end(f"{type(error).__name__}: {error}")
-            raise
+            cause = self._cause(refs, what) if _is_broken_collective(error) else error
+            self._end(f"{type(cause).__name__}: {cause}")
+            if cause is error:
+                raise
+            raise cause from error
 
-    def _blamed(self, refs: list[Any], what: str) -> str:
-        """What each rank says after a broken collective: those that died or do not answer first."""
+    def _cause(self, refs: list[Any], what: str) -> BaseException:
+        """Why a collective broke: what another rank raised, else ClusterError with those that died or do not answer."""
         deadline = time.monotonic() + GRACE_SECONDS
         waiting, lost, said = list(refs), [], []
         while waiting:
@@ -187,18 +183,24 @@ class RankGroup:
             for ref in ready:
                 try:
                     outcome = self._cluster.outcome(ref, what=what)
-                except (RuntimeError, ConfigError, FloatingPointError) as error:
-                    said.append(f"a rank reports {type(error).__name__}: {str(error).strip().splitlines()[0]}")
+                except Exception as error:  # noqa: BLE001 - a plug-in may raise anything, and it is raised again
+                    if not _is_broken_collective(error):
+                        return error
+                    said.append(f"another rank reports: {str(error).strip().splitlines()[0]}")
                     continue
                 if isinstance(outcome, Lost):
                     lost.append(outcome)
-        return "\n".join([f"{item.who} {item.reason}" for item in lost] + said)
+        return ClusterError("\n".join([f"{what}: " + "\n".join(f"{item.who} {item.reason}" for item in lost), *said]))
 
     def _end(self, reason: str) -> None:
         if not self._ended:
             self._ended = reason.partition("\n")[0]
             for actor in self._actors:
                 self._cluster.kill(actor)
+
+
+def _is_broken_collective(error: BaseException) -> bool:
+    return isinstance(error, RuntimeError) and not isinstance(error, TtrlError) and bool(COLLECTIVE.search(str(error)))
 
 
 class RankWeights:

@@ -81,6 +81,10 @@ class Pool(Protocol):
         """A context in which the engines leave the accelerator to the trainer."""
         ...
 
+    def events(self) -> Mapping[str, float]:
+        """What befell the engines since the last call, as metrics of the step; empty for an engine in this process."""
+        ...
+
     def close(self) -> None:
         """Ends what the pool started."""
         ...

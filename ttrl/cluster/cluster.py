@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import shutil
+import socket
 import threading
 import time
 from collections.abc import Sequence
@@ -214,9 +215,24 @@ class Cluster:
         return actor.name if actor is not None else "an actor that was ended"
 
     def _lost(self, ref: Any, reason: str) -> Lost:
+        self._check_head()
         actor = self._actors.get(ref.task_id().actor_id().hex())
         tail = self._tail(actor) if actor is not None else ""
         return Lost(self._name(ref), f"{reason}\nlast lines of its log:\n{tail}" if tail else reason)
+
+    def _check_head(self) -> None:
+        """Raises ClusterError when nobody listens at the head node any more. Ray itself would notice after a minute, and end
+        this process without a word."""
+        import ray
+
+        address = ray.get_runtime_context().gcs_address
+        host, _, port = address.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=CLOSE_SECONDS / 2).close()
+        except OSError as error:
+            raise ClusterError(
+                f"the head node of the cluster at {address} is gone ({error}); resume on another one"
+            ) from None
 
     def _tail(self, actor: _Actor) -> str:
         """The end of its log, from whatever node it was on; empty when it cannot be had."""

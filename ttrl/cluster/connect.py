@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 PORT_SECONDS, HEAD_SECONDS = 5.0, 20.0
 """How long an address may take to accept a connection, and then to answer as the head of a cluster."""
 
+_PROBE = "import sys; from ray._raylet import GcsClient; GcsClient(address=sys.argv[1])"
+
 
 def check_cluster(section: ClusterSection) -> None:
     """Raises ConfigError for what can be known without a cluster. Imports no ray."""
@@ -91,11 +93,14 @@ def find_address(wanted: str) -> str | None:
         return _reachable(named, "$RAY_ADDRESS")
     if named == "local":
         return None
+    from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
     from ray._private.utils import read_ray_address
 
     started: str | None = read_ray_address()  # left behind by `ray start`, and also by one that has ended since
     if started is None:
         return None
+    # As Ray does: this machine's token goes to this machine's cluster without asking, to a named address only by RAY_AUTH_MODE
+    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     try:
         return _reachable(started, "ray start")
     except ConfigError:
@@ -123,10 +128,9 @@ def _reachable(address: str, origin: str) -> str:
     except OSError as error:
         raise ConfigError(f"{origin} {address}: no Ray cluster answers there ({error}); {remedy}") from None
     # In a process of its own: a wrong partner makes Ray's client block for minutes or end the whole process
-    code = "import sys; from ray._raylet import GcsClient; GcsClient(address=sys.argv[1])"
     try:
         probe = subprocess.run(
-            [sys.executable, "-c", code, address], capture_output=True, text=True, timeout=HEAD_SECONDS, check=False
+            [sys.executable, "-c", _PROBE, address], capture_output=True, text=True, timeout=HEAD_SECONDS, check=False
         )
     except subprocess.TimeoutExpired:
         raise ConfigError(
@@ -134,7 +138,9 @@ def _reachable(address: str, origin: str) -> str:
         ) from None
     if probe.returncode:
         said = (probe.stderr.strip().splitlines() or ["no message"])[-1]
-        raise ConfigError(f"{origin} {address}: the cluster refused us: {said}; {remedy}")
+        raise ConfigError(
+            f"{origin} {address}: the cluster refused us: {said}; if it asks for a token, set RAY_AUTH_MODE=token"
+        )
     return address
 
 
