@@ -65,6 +65,10 @@ def our_config(settings: TrainerSection, dtype: str, *, gpu: bool) -> dict[str, 
     offload = settings.offload or "none"
     host = {"device": "cpu", "pin_memory": gpu}
     zero: dict[str, Any] = {"stage": stage}
+    if stage == 3:
+        # DeepSpeed looks this many parameters ahead whenever a module ends, to keep what is needed soon. A micro-batch runs the model
+        # once or twice per group, so the look ahead goes over thousands of modules: with the default (1e9) it was 99 % of a step
+        zero["stage3_max_reuse_distance"] = 0
     if offload != "none":
         zero["offload_optimizer"] = host
     if offload == "all":
