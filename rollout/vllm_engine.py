@@ -194,10 +194,12 @@ class VLLMEngine:
         assert self._intake is not None
         for name, tensor in self._intake.take(iter(tensors)):
             held = tensor.detach().to(self._dtype)
+            if held.data_ptr() == tensor.data_ptr():  # it is only borrowed, and vLLM keeps it until a layer is complete
+                held = held.clone()
             self._fingerprint.update(name, held)
             self._sent.add(name)
             if self._adapter is not None:
-                self._parts[name] = held.to("cpu", copy=True).contiguous()
+                self._parts[name] = held.cpu().contiguous()
                 continue
             self._call("ttrl_receive", name, held)
             for other in self._extra.pop(name, ()):

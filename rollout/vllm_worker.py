@@ -94,11 +94,13 @@ class Worker:
             initialize_layerwise_reload(model)
 
     def ttrl_receive(self, name: str, tensor: Tensor) -> None:
-        """One full tensor under its name in the checkpoint. Raises EngineError when vLLM does not know or skips it."""
+        """One full tensor under its name in the checkpoint, which vLLM keeps until the layer it belongs to is complete.
+
+        Raises EngineError when vLLM does not know it or skips it.
+        """
         with set_current_vllm_config(self.vllm_config), disable_mtp_completeness_check():
             try:
-                # vLLM keeps it until the layer is complete, and it is only borrowed
-                loaded = self.model_runner.get_model().load_weights([(name, tensor.clone())])
+                loaded = self.model_runner.get_model().load_weights([(name, tensor)])
             except (ValueError, KeyError) as error:
                 raise EngineError(f"weights for {name!r} arrived, but vLLM has no such parameter: {error}") from error
         if loaded is not None and not loaded:

@@ -45,7 +45,7 @@ class Fingerprint:
     def update(self, name: str, tensor: Tensor) -> None:
         data = tensor.detach().to("cpu").contiguous()
         head = f"{name}|{tuple(data.shape)}|{data.dtype}".encode()
-        digest = hashlib.blake2b(head, digest_size=16)
+        digest = hashlib.sha256(head)  # twice as fast as blake2b where the CPU has instructions for it
         digest.update(data.reshape(-1).view(torch.uint8).numpy().data)
         self._digests[name] = digest.digest()
 
