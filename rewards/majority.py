@@ -14,7 +14,7 @@ from ttrl.protocols import RewardContext
 from ttrl.rewards.ballot import Ballot, VoteRule, open_ballot
 from ttrl.rewards.reader import AnswerReader
 from ttrl.rewards.vote import Decision, leave_one_out, split_vote
-from ttrl.rewards.weights import NEEDS
+from ttrl.rewards.weights import NEEDS, Weighting
 from ttrl.seeds import derive
 from ttrl.types import Group, Scored
 
@@ -24,7 +24,8 @@ class MajorityVote:
 
     `electorate`: `all` (TTRL), `leave_one_out` (everybody but i elects the label of i) or `split` (the half i is not in does;
     halves are drawn by seed and rollout index). A rollout whose electorate abstains is not trained on. `weights`: `none`,
-    `logprob` exp(mean log-prob), `entropy` exp(-mean entropy), `rpc` (distinct paths by probability, pruned).
+    `logprob` exp(mean log-prob), `entropy` exp(-mean entropy), `self_certainty` (mean KL of the uniform distribution to the
+    model's), `rpc` (distinct paths by probability, pruned).
     Golden example: answers 5, 5, 5, 7 -> label 5, rewards [1, 1, 1, 0], share 0.75, margin 0.5.
     """
 
@@ -40,7 +41,7 @@ class MajorityVote:
         min_share: float = 0.0,
         min_margin: float = 0.0,
         min_confidence: float = 0.0,
-        weights: Literal["none", "logprob", "entropy", "rpc"] = "none",
+        weights: Weighting = "none",
         electorate: Literal["all", "leave_one_out", "split"] = "all",
     ) -> None:
         self.reader = AnswerReader(extractor, options or {}, truncated_votes=truncated_votes)

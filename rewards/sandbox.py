@@ -70,6 +70,7 @@ class Sandbox:
             used = min(len(self._slots), max(1, len(tasks) // 4))
             outcomes: list[Outcome] = [Outcome(timed_out=True)] * len(tasks)
             try:
+                self._start(used)
                 shares = [(slot, range(slot, len(tasks), used)) for slot in range(used)]
                 sent = {slot: self._ask(slot, [tasks[i] for i in share]) for slot, share in shares}
                 for slot, share in shares:
@@ -97,13 +98,22 @@ class Sandbox:
                 server.kill()
         self._slots = [None] * len(self._slots)
 
+    def _start(self, used: int) -> None:
+        """The first `used` servers run afterwards. Those that are missing start side by side."""
+        started = []
+        for slot in range(used):
+            server = self._slots[slot]
+            if server is None or server.process.poll() is not None:
+                if server is not None:
+                    server.kill()
+                self._slots[slot] = server = _Server()
+                started.append(server)
+        for server in started:
+            server.await_ready(self._start_seconds)
+
     def _ask(self, slot: int, tasks: list[Task]) -> bool:
         server = self._slots[slot]
-        if server is None or server.process.poll() is not None:
-            if server is not None:
-                server.kill()
-            server = self._slots[slot] = _Server()
-            server.await_ready(self._start_seconds)
+        assert server is not None
         return server.send({"tasks": tasks, "limits": asdict(self.limits)})
 
     def _collect(self, slot: int, count: int) -> list[dict[str, str | None]] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -10,7 +10,7 @@ from ttrl.protocols import RewardContext
 from ttrl.rewards.ballot import Ballot, Values, VoteRule, open_ballot
 from ttrl.rewards.reader import AnswerReader
 from ttrl.rewards.vote import Decision
-from ttrl.rewards.weights import NEEDS
+from ttrl.rewards.weights import NEEDS, Weighting
 from ttrl.types import NO_ANSWER, Group, Scored
 
 
@@ -59,7 +59,7 @@ class SoftVote:
         min_share: float = 0.0,
         min_margin: float = 0.0,
         min_confidence: float = 0.0,
-        weights: Literal["none", "logprob", "entropy", "rpc"] = "none",
+        weights: Weighting = "none",
         leave_one_out: bool = False,
     ) -> None:
         self.reader = AnswerReader(extractor, options or {}, truncated_votes=truncated_votes)

@@ -1,8 +1,4 @@
-"""Weights of votes, from what every rollout carries: the sampler's log-probs and, when asked for, entropies.
-
-Self-certainty (mean KL of the uniform distribution to the model's) needs the whole next-token distribution, which rollouts do
-not carry; mean log-prob and mean entropy are what can be had without storing it.
-"""
+"""Weights of votes, from what every rollout carries: the sampler's log-probs and, when asked for, entropies or self-certainties."""
 
 from __future__ import annotations
 
@@ -15,24 +11,29 @@ import numpy.typing as npt
 
 from ttrl.types import NO_ANSWER, Rollout
 
-Weighting = Literal["none", "logprob", "entropy", "rpc"]
-NEEDS: dict[str, frozenset[str]] = {"entropy": frozenset({"entropy"})}
+Weighting = Literal["none", "logprob", "entropy", "self_certainty", "rpc"]
+NEEDS: dict[str, frozenset[str]] = {
+    "entropy": frozenset({"entropy"}),
+    "self_certainty": frozenset({"self_certainty"}),
+}
 """What a weighting needs the sampler to record."""
 
 Weights = npt.NDArray[np.float64]
 
 
 def vote_weights(kind: str, rollouts: Sequence[Rollout], classes: Sequence[int]) -> Weights | None:
-    """[V] weights of one kind, or None for plain votes. Raises ValueError for an unknown kind or unrecorded entropies."""
+    """[V] weights of one kind, or None for plain votes. Raises ValueError for an unknown kind or what was not recorded."""
     if kind == "none":
         return None
     if kind == "logprob":
         return np.exp(mean_logprobs(rollouts))
     if kind == "entropy":
         return np.exp(-mean_entropies(rollouts))
+    if kind == "self_certainty":
+        return mean_self_certainties(rollouts)
     if kind == "rpc":
         return perplexity_consistency(mean_logprobs(rollouts), classes, [r.token_ids.tobytes() for r in rollouts])
-    raise ValueError(f"weights must be none, logprob, entropy or rpc, got {kind!r}")
+    raise ValueError(f"weights must be none, logprob, entropy, self_certainty or rpc, got {kind!r}")
 
 
 def mean_logprobs(rollouts: Sequence[Rollout]) -> Weights:
@@ -46,6 +47,22 @@ def mean_entropies(rollouts: Sequence[Rollout]) -> Weights:
         raise ValueError('entropies were not recorded; the reward must ask for them with needs = {"entropy"}')
     return np.asarray(
         [math.fsum(r.entropy.tolist()) / max(1, len(r.entropy)) for r in rollouts if r.entropy is not None]
+    )
+
+
+def mean_self_certainties(rollouts: Sequence[Rollout]) -> Weights:
+    """[V] mean over the tokens of KL(U || p_t) in nats, >= 0 (arXiv 2502.18581). An empty rollout gets 0. Raises ValueError when
+    the sampler did not record it. As a weight it stands for itself: an exponential of it would give one vote everything."""
+    if any(r.self_certainty is None for r in rollouts):
+        raise ValueError(
+            'self-certainties were not recorded; the reward must ask for them with needs = {"self_certainty"}'
+        )
+    return np.asarray(
+        [
+            math.fsum(r.self_certainty.tolist()) / max(1, len(r.self_certainty))
+            for r in rollouts
+            if r.self_certainty is not None
+        ]
     )
 
 

@@ -75,6 +75,7 @@ class HFEngine:
         tokens = torch.zeros((len(requests), limit), dtype=torch.long, device=self._device)
         logprobs = torch.zeros((len(requests), limit), device=self._device)
         entropy = torch.zeros((len(requests), limit), device=self._device) if spec.entropy else None
+        certainty = torch.zeros((len(requests), limit), device=self._device) if spec.self_certainty else None
         lengths = torch.full((len(requests),), limit, device=self._device)
         active = torch.arange(len(requests), device=self._device)
         for t in range(limit):
@@ -82,6 +83,8 @@ class HFEngine:
             tokens[active, t], logprobs[active, t] = drawn.tokens, drawn.logprobs
             if entropy is not None and drawn.entropy is not None:
                 entropy[active, t] = drawn.entropy
+            if certainty is not None and drawn.self_certainty is not None:
+                certainty[active, t] = drawn.self_certainty
             going = torch.isin(drawn.tokens, self._eos, invert=True)
             lengths[active[~going]] = t + 1
             if t + 1 == limit or not bool(going.any()):
@@ -93,12 +96,14 @@ class HFEngine:
                     prefix.keep(rows)
             logits = prefix.step(tokens[active, t])
         return self._rollouts(
-            requests, tokens.cpu(), logprobs.cpu(), None if entropy is None else entropy.cpu(), lengths.cpu()
-        )
+            requests, tokens.cpu(), logprobs.cpu(), None if entropy is None else entropy.cpu(), lengths.cpu(),
+            None if certainty is None else certainty.cpu(),
+        )  # fmt: skip
 
     def _rollouts(
-        self, requests: Sequence[Request], tokens: Tensor, logprobs: Tensor, entropy: Tensor | None, lengths: Tensor
-    ) -> list[Rollout]:
+        self, requests: Sequence[Request], tokens: Tensor, logprobs: Tensor, entropy: Tensor | None, lengths: Tensor,
+        certainty: Tensor | None,
+    ) -> list[Rollout]:  # fmt: skip
         if not bool(torch.isfinite(logprobs).all()):
             raise EngineError("the model gave log-probs that are not finite: its weights, or its dtype, are broken")
         eos = set(self._eos.tolist())
@@ -114,6 +119,7 @@ class HFEngine:
                     token_ids=ids,
                     logprobs=logprobs[row, :length].numpy().astype(np.float32),
                     entropy=None if entropy is None else entropy[row, :length].numpy().astype(np.float32),
+                    self_certainty=None if certainty is None else certainty[row, :length].numpy().astype(np.float32),
                     text=self.tokenizer.decode(whole.tolist(), skip_special_tokens=True),
                     finish=Finish.STOP if length and int(ids[-1]) in eos else Finish.LENGTH,
                     weights=self._stamp,

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from ttrl.errors import EngineError
@@ -65,6 +65,10 @@ class LocalPool:
     def score(self, token_ids: IntArray) -> list[FloatArray]:
         """[T] -> one array [T - 1] of log-probs at temperature 1."""
         return [self._engine.score(token_ids)]
+
+    def events(self) -> Mapping[str, float]:
+        """Nothing befalls an engine in this process that does not end the run."""
+        return {}
 
     def close(self) -> None:
         """The engine ends with this process."""

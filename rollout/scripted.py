@@ -68,6 +68,7 @@ class ScriptedEngine:
             token_ids=np.asarray(ids, np.int32),
             logprobs=logprobs,
             entropy=np.zeros(len(ids), np.float32) if request.spec.entropy else None,
+            self_certainty=np.zeros(len(ids), np.float32) if request.spec.self_certainty else None,
             text=text if complete else self.tokenizer.decode(ids, skip_special_tokens=True),
             finish=Finish.STOP if complete else Finish.LENGTH,
             weights=self._stamp,

@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -58,7 +57,6 @@ class VLLMEngine:
                 self._fingerprint.update(name, tensor.to(self._dtype))
         self._stamp = WeightStamp(version=0, fingerprint=self._held())
         self._intake: Intake | None = None
-        self._hasher = ThreadPoolExecutor(1)
         self._sent: set[str] = set()
         """names that any sync so far contained"""
         self._extra: dict[str, list[str]] = {}
@@ -91,7 +89,8 @@ class VLLMEngine:
         return SamplingParams(
             temperature=spec.temperature, top_p=spec.top_p, top_k=spec.top_k, min_p=spec.min_p,
             max_tokens=spec.max_new_tokens, stop_token_ids=self._eos, seed=request.seed % 2**63 if own else None,
-            logprobs=1 if spec.entropy else 0, flat_logprobs=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
+            logprobs=2 if spec.self_certainty else int(spec.entropy), flat_logprobs=True, detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
         )  # fmt: skip
 
     def _run(self, jobs: Sequence[tuple[list[int], Any]]) -> list[Any]:
@@ -128,7 +127,7 @@ class VLLMEngine:
     def _rollout(self, request: Request, output: Any) -> Rollout:
         found = output.outputs[0]
         ids = np.asarray(found.token_ids, np.int32)
-        # [T, 1 or 2]: the sampled token's log-prob, then the entropy if it was asked for
+        # [T, 1 to 3]: the sampled token's log-prob, the entropy, self-certainty (see vllm_worker.RecordingSampler)
         table = np.asarray(found.logprobs.logprobs, np.float32).reshape(len(ids), -1)
         if not np.isfinite(table).all():
             raise EngineError("the model gave log-probs that are not finite: its weights, or its dtype, are broken")
@@ -141,6 +140,7 @@ class VLLMEngine:
             token_ids=ids,
             logprobs=table[:, 0].copy(),
             entropy=table[:, 1].copy() if request.spec.entropy else None,
+            self_certainty=table[:, 2].copy() if request.spec.self_certainty else None,
             text=self.tokenizer.decode(whole.tolist(), skip_special_tokens=True),
             finish=_FINISH[found.finish_reason],
             weights=self._stamp,
@@ -210,8 +210,7 @@ class VLLMEngine:
         self._hand_on(batch)
 
     def _hand_on(self, batch: Sequence[tuple[str, Tensor]]) -> None:
-        """To vLLM, or to the adapter that is being collected; hashed meanwhile."""
-        hashed = self._hasher.submit(self._hash, batch)
+        """To vLLM, or to the adapter that is being collected."""
         if self._adapter is not None:
             self._parts.update((name, tensor.cpu().contiguous()) for name, tensor in batch)
         elif batch:
@@ -219,12 +218,9 @@ class VLLMEngine:
             self._call("ttrl_receive", list(batch))
             if rest:
                 self._call("ttrl_receive", [(other, self._files.get(other).to(self._dtype)) for other in rest])
-        hashed.result()
-        self._sent.update(name for name, _ in batch)
-
-    def _hash(self, batch: Sequence[tuple[str, Tensor]]) -> None:
         for name, tensor in batch:
             self._fingerprint.update(name, tensor)
+            self._sent.add(name)
 
     def transfer(self, method: str, argument: dict[str, Any] | None = None) -> None:
         """A step of vLLM's own weight transfer, driven by the trainer (see `vllm_transfer`); stands where `load` would stand."""

@@ -19,6 +19,7 @@ from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.sample.sampler import Sampler
 
 from ttrl.errors import EngineError
+from ttrl.model.sampling import self_certainty
 
 _CHUNK = 1 << 24
 """Numbers that `ttrl_digest` widens at once."""
@@ -27,8 +28,8 @@ _CHUNK = 1 << 24
 class RecordingSampler(Sampler):  # type: ignore[misc]
     """vLLM's sampler, recording log-probs after temperature over the full vocabulary, whatever top-k, top-p and min-p exclude.
 
-    vLLM itself offers log-probs before temperature, or after the truncation. A request that asks for one more log-prob beside the
-    sampled token's is given the entropy of the distribution instead, in nats: column 1 of what is returned.
+    vLLM itself offers log-probs before temperature, or after the truncation. A request that asks for more log-probs beside the
+    sampled token's is given numbers of the distribution instead, in nats: column 1 is its entropy, column 2 its self-certainty.
     """
 
     def __init__(self, use_fp64_gumbel: bool) -> None:
@@ -48,13 +49,15 @@ class RecordingSampler(Sampler):  # type: ignore[misc]
 
     @staticmethod
     def gather_logprobs(logprobs: Tensor, num_logprobs: int, token_ids: Tensor) -> LogprobsTensors:
-        """[B, V] -> columns: the sampled token and, if asked for (num_logprobs 1), the entropy. Ranks are not computed."""
-        if num_logprobs not in (0, 1):
-            raise EngineError(f"{num_logprobs} more log-probs per token were asked for; ttrl's sampler gives 0 or 1")
+        """[B, V] -> columns: the sampled token; from num_logprobs 1 the entropy; with 2 self-certainty. Ranks are not computed."""
+        if num_logprobs not in (0, 1, 2):
+            raise EngineError(f"{num_logprobs} more log-probs per token were asked for; ttrl's sampler gives 0 to 2")
         ids = token_ids[:, None]
         columns = [logprobs.gather(1, ids)]
-        if num_logprobs == 1:
+        if num_logprobs >= 1:
             columns.append(-(logprobs.exp() * logprobs.clamp_min(-1e4)).sum(dim=1, keepdim=True))
+        if num_logprobs == 2:
+            columns.append(self_certainty(logprobs)[:, None])
         values = torch.cat(columns, dim=1)
         return LogprobsTensors(ids.expand_as(values).to(torch.int32), values, torch.zeros_like(token_ids))
 

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ttrl.rewards.mode import mode_probability
-from ttrl.rewards.reader import AnswerReader
 from ttrl.rewards.rules import harmonic_mean, lower_bound
 from ttrl.rewards.vote import decide, leave_one_out, split_vote
 from ttrl.rewards.weights import perplexity_consistency, prune
@@ -246,7 +245,7 @@ def test_a_winner_passes_its_own_bounds(classes: list[int], share: float, confid
         assert decision.winner != NO_ANSWER and decision.counts[decision.winner] == max(decision.counts)
 
 
-def test_ten_thousand_shuffles_of_random_groups_give_one_label() -> None:
+def test_ten_thousand_shuffles_of_random_votes_give_one_decision() -> None:
     rng = np.random.default_rng(0)
     for _ in range(200):
         classes = rng.integers(-1, 6, size=int(rng.integers(2, 33)))
@@ -258,21 +257,6 @@ def test_ten_thousand_shuffles_of_random_groups_give_one_label() -> None:
             weighted = decide(classes[order].tolist(), weights=weights[order].tolist())
             outcomes.add((plain.winner, plain.share, weighted.winner, weighted.share))
         assert len(outcomes) == 1
-
-
-def test_two_thousand_shuffles_of_answers_give_one_label_ties_by_seed_included() -> None:
-    """As text: equal answers are written differently, and classes are numbered anew for every order."""
-    rng, reader = np.random.default_rng(1), AnswerReader("math", {})
-    forms = ["1/2", "0.5", r"\frac12", "7", "7.0", "dog", "(1,2)", "2,1", None]
-    for seed in range(100):
-        answers = [forms[i] for i in rng.integers(0, len(forms), size=int(rng.integers(2, 17)))]
-        labels = set()
-        for _ in range(20):
-            classes, names = reader.classes([answers[i] for i in rng.permutation(len(answers))])
-            for ties in ("abstain", "random"):
-                winner = decide(classes, ties=ties, tie_seed=seed).winner
-                labels.add((ties, None if winner is None else names[winner]))
-        assert len(labels) == 2
 
 
 @pytest.mark.parametrize("size", [2, 5, 64])

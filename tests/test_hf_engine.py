@@ -9,17 +9,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import context
 from helpers_torch import EOS, POSITIONS, VOCABULARY, prompt, request, save_tiny_model, section, tiny_llama
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
+from ttrl.config import load_recipe
 from ttrl.errors import EngineError, StopRequested
 from ttrl.model.weights import Fingerprint, NamedTensors, load_weights
 from ttrl.rollout.engines import hf
 from ttrl.rollout.hf import HFEngine
 from ttrl.rollout.pool import LocalPool
+from ttrl.setup import assemble, check_recipe
 from ttrl.types import Finish, Request, Rollout, SamplingSpec, WeightStamp
 
-SPEC = SamplingSpec(max_new_tokens=12, temperature=0.8, entropy=True)
+SPEC = SamplingSpec(max_new_tokens=12, temperature=0.8, entropy=True, self_certainty=True)
 
 
 def engine(folder: Path, *, rows_at_once: int = 128, shared_prefix: bool = True, **fields: object) -> HFEngine:
@@ -43,15 +46,16 @@ def by_key(rollouts: Sequence[Rollout]) -> dict[tuple[str, int], list[int]]:
     return {(r.prompt_id, r.index): r.token_ids.tolist() for r in rollouts}
 
 
-def recomputed(folder: Path, item: Request, rollout: Rollout) -> tuple[np.ndarray, np.ndarray]:
-    """Log-probs and entropies of the completion from one plain forward pass over the final text, in double precision."""
+def recomputed(folder: Path, item: Request, rollout: Rollout) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Log-probs, entropies and self-certainties of the completion from one forward pass over the final text, in double precision."""
     model = AutoModelForCausalLM.from_pretrained(folder).double()
     context = np.concatenate([item.prompt.token_ids, item.prefix])
     whole = torch.as_tensor(np.concatenate([context, rollout.token_ids]), dtype=torch.long)[None]
     with torch.no_grad():
         logits = model(input_ids=whole).logits[0, len(context) - 1 : -1]
     table = torch.log_softmax(logits / (item.spec.temperature or 1.0), dim=-1).numpy()
-    return table[np.arange(len(rollout.token_ids)), rollout.token_ids], -(np.exp(table) * table).sum(-1)
+    certainty = -np.log(table.shape[1]) - table.mean(-1)
+    return table[np.arange(len(rollout.token_ids)), rollout.token_ids], -(np.exp(table) * table).sum(-1), certainty
 
 
 @pytest.mark.parametrize("shared_prefix", [True, False])
@@ -62,11 +66,12 @@ def test_records_equal_a_forward_pass_over_the_final_text(
     wanted = requests(4, replace(SPEC, temperature=temperature))
     rollouts = engine(tiny_model_dir, shared_prefix=shared_prefix).generate(wanted)
     for item, rollout in zip(wanted, rollouts, strict=True):
-        logprobs, entropy = recomputed(tiny_model_dir, item, rollout)
+        logprobs, entropy, certainty = recomputed(tiny_model_dir, item, rollout)
         np.testing.assert_allclose(rollout.logprobs, logprobs, atol=1e-5)
-        assert rollout.entropy is not None
+        assert rollout.entropy is not None and rollout.self_certainty is not None
         np.testing.assert_allclose(rollout.entropy, entropy, atol=1e-5)
-        assert rollout.logprobs.dtype == rollout.entropy.dtype == np.float32
+        np.testing.assert_allclose(rollout.self_certainty, certainty, atol=1e-5)
+        assert rollout.logprobs.dtype == rollout.entropy.dtype == rollout.self_certainty.dtype == np.float32
         assert rollout.token_ids.dtype == np.int32
 
 
@@ -76,8 +81,22 @@ def test_truncated_sampling_records_the_full_softmax(shared: HFEngine, tiny_mode
         np.testing.assert_allclose(rollout.logprobs, recomputed(tiny_model_dir, item, rollout)[0], atol=1e-5)
 
 
-def test_entropy_is_recorded_only_on_request(shared: HFEngine) -> None:
-    assert all(r.entropy is None for r in shared.generate(requests(2, replace(SPEC, entropy=False))))
+def test_entropy_and_self_certainty_are_recorded_only_on_request(shared: HFEngine) -> None:
+    for rollout in shared.generate(requests(2, replace(SPEC, entropy=False))):
+        assert rollout.entropy is None and rollout.self_certainty is not None
+    for rollout in shared.generate(requests(2, replace(SPEC, self_certainty=False))):
+        assert rollout.entropy is not None and rollout.self_certainty is None
+
+
+def test_what_the_reward_needs_is_what_the_engine_is_asked_for() -> None:
+    changes = ["data.limit=2", "data.prompts_per_step=2", "eval.labels=null", "eval.heldout=null", "eval.limit=null"]
+    for weights in ("none", "entropy", "self_certainty"):
+        recipe = load_recipe("quickstart", [*changes, f"reward.with.weights={weights}"])
+        parts = assemble(check_recipe(recipe), lambda: None)
+        assert (parts.spec.entropy, parts.spec.self_certainty) == (weights == "entropy", weights == "self_certainty")
+        items = [parts.prompts[identifier] for identifier in parts.source.batch(0)]
+        for group in parts.sampler(items, parts.pool, parts.spec, 0):
+            assert parts.reward(group, context()).label is not None
 
 
 def test_tokens_do_not_depend_on_how_requests_are_spread(tiny_model_dir: Path, shared: HFEngine) -> None:
@@ -248,7 +267,7 @@ def test_models_without_a_fast_path_are_sampled_correctly(tmp_path: Path) -> Non
     wanted = requests(3)
     rollouts = engine(folder).generate(wanted)
     for item, rollout in zip(wanted, rollouts, strict=True):
-        logprobs, entropy = recomputed(folder, item, rollout)
+        logprobs, entropy, _ = recomputed(folder, item, rollout)
         np.testing.assert_allclose(rollout.logprobs, logprobs, atol=2e-5)
         np.testing.assert_allclose(rollout.entropy, entropy, atol=2e-5)
 

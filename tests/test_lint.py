@@ -52,6 +52,7 @@ def test_what_works_is_not_complained_about(use: str, votes: int, trained: int |
     [
         {"weights": "logprob"},
         {"weights": "rpc"},
+        {"weights": "self_certainty"},
         {"weights": "entropy", "ties": "shortest"},
         {"electorate": "leave_one_out"},
         {"electorate": "split"},

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -196,6 +198,40 @@ def test_votes_that_the_cost_gate_kept_apart_are_counted() -> None:
     scored = vote(["9^{9^{9}}", "9^{9^{9}}", "9^{9^9}", 5, 5, 5])
     assert scored.label == "5"
     assert (scored.metrics["grading_timeouts"], scored.metrics["grading_gated"]) == (0, 3)
+
+
+def test_ten_thousand_shuffles_of_random_groups_give_one_label() -> None:
+    """From text to label: equal answers are spelled differently, some need the sandbox, some are silent, some were cut off."""
+    rng = np.random.default_rng(1)
+    rewards = [MajorityVote(ties="abstain"), MajorityVote(ties="random"), MajorityVote(ties="shortest")]
+    spellings = ["1/2", "0.5", r"\frac12", "7", "7.0", "dog", "(1,2)", "2,1", r"\sqrt{8}", r"2\sqrt2", "9^{9^9}", ""]
+    labels = set()
+    for seed in range(100):
+        size = int(rng.integers(2, 17))
+        texts = boxed([spellings[i] for i in rng.integers(0, len(spellings), size)])
+        cut = rng.random(size) < 0.2
+        group = make_group(texts, finishes=[Finish.LENGTH if c else Finish.STOP for c in cut])
+        outcomes = set()
+        for _ in range(100):
+            order = rng.permutation(size)
+            scored = rewards[seed % 3](replace(group, rollouts=tuple(group.rollouts[i] for i in order)), context(seed))
+            outcomes.add((scored.label, scored.share, scored.margin, tuple(scored.rewards[np.argsort(order)].tolist())))
+        assert len(outcomes) == 1
+        labels |= {label for label, *_ in outcomes}
+    assert None in labels and len(labels) > 4
+
+
+def test_code_in_a_box_is_text_and_leaves_no_trace(tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+    for code in (
+        f"__import__('os').system('touch {marker}')",
+        f"eval(\"open('{marker}','w')\")",
+        f"exec(\"open('{marker}','w')\")",
+        f"open('{marker}','w').write('x')",
+    ):
+        scored = vote([code, rf"\text{{{code}}}", rf"\sqrt{{{code}}}", r"\sqrt{8}", r"2\sqrt2", r"\frac{4}{\sqrt2}"])
+        assert scored.label == r"2\sqrt2"
+        assert list(tmp_path.iterdir()) == []
 
 
 @settings(derandomize=True, max_examples=100, deadline=None)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import pickle
 import subprocess
 import sys
 from importlib.metadata import EntryPoint
@@ -105,6 +107,23 @@ def test_a_file_plugin_is_loaded_once_and_files_of_one_name_do_not_meet(tmp_path
     assert resolve("gate", f"{first}:gate") is resolve("gate", f"{first}:gate")
     assert build("gate", plug(f"{first}:gate"), "x") == ("x", 1)
     assert build("gate", plug(f"{second}:gate"), "x") == ("x", 2)
+
+
+def test_an_instance_of_a_file_plugin_travels_to_any_process(tmp_path: Path) -> None:
+    """By plain pickle, to an interpreter that knows nothing but where ttrl is, from a folder elsewhere."""
+    file = plugin_file(tmp_path / "my plug-ins.d", name="my.reward v2.py")
+    sent = pickle.dumps(build("reward", plug(f"{file}:Reward", required=3)))
+    code = "import pickle, sys; made = pickle.load(sys.stdin.buffer); print(type(made).__name__, made.required)"
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    run = [sys.executable, "-c", code]
+    environment = {**os.environ, "PYTHONPATH": str(Path(registry.__file__).parent.parent)}
+    done = subprocess.run(run, input=sent, capture_output=True, cwd=elsewhere, env=environment, timeout=60, check=True)
+    assert done.stdout.decode().split() == ["Reward", "3"]
+    Path(file).unlink()
+    gone = subprocess.run(run, input=sent, capture_output=True, cwd=elsewhere, env=environment, timeout=60)
+    assert gone.returncode != 0
+    assert f"plug-in file {file}: no such file; workers read it at the same absolute path" in gone.stderr.decode()
 
 
 def test_a_plugin_that_breaks_while_loading_shows_its_own_error_every_time(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from ttrl.rewards.controls import Frozen, Gold, Incorrect, Random
 from ttrl.rewards.majority import MajorityVote
 from ttrl.rewards.selective import Selective
 from ttrl.rewards.soft import FrequencyEntropy, SoftVote, entropy
+from ttrl.rewards.weights import vote_weights
 from ttrl.trainers.advantages import dr_grpo, grpo
 from ttrl.types import Group
 
@@ -29,6 +30,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"use": "majority_vote"},
     {"use": "majority_vote", "with": {"weights": "logprob", "ties": "shortest"}},
     {"use": "majority_vote", "with": {"weights": "entropy", "min_confidence": 0.5}},
+    {"use": "majority_vote", "with": {"weights": "self_certainty"}},
     {"use": "majority_vote", "with": {"weights": "rpc"}},
     {"use": "majority_vote", "with": {"electorate": "leave_one_out"}},
     {"use": "majority_vote", "with": {"electorate": "split"}},
@@ -57,7 +59,7 @@ def group_of(answers: list[str], seed: int = 0) -> Group:
     group = make_group(boxed(answers), entropies=rng.uniform(0.1, 3, len(answers)).tolist())
     rollouts = [
         replace(r, token_ids=rng.integers(0, 9, n).astype(np.int32), logprobs=-rng.random(n).astype(np.float32),
-                entropy=rng.random(n).astype(np.float32) + r.index % 3)
+                entropy=rng.random(n).astype(np.float32) + r.index % 3, self_certainty=rng.random(n).astype(np.float32))
         for r in group.rollouts
         for n in [int(rng.integers(1, 6))]
     ]  # fmt: skip
@@ -123,6 +125,32 @@ def test_weighted_majority_can_overrule_numbers() -> None:
     assert reward(group, context()).label == "5"
     with pytest.raises(ValueError, match="entropies were not recorded"):
         reward(make_group(boxed([7, 7])), context())
+
+
+def test_self_certainty_weighs_votes() -> None:
+    """Means by hand: 3 and 5 for the 7s (tokens 2, 4 and 5), 9 for the 5; 8 against 9 of weight, and 8 of 17 is the share."""
+    certainties = [[2.0, 4.0], [5.0], [9.0, 8.0, 10.0], [100.0]]
+    group = make_group(boxed([7, 7, 5, ""]))
+    rollouts = [
+        replace(r, self_certainty=np.asarray(c, np.float32)) for r, c in zip(group.rollouts, certainties, strict=True)
+    ]
+    group = replace(group, rollouts=tuple(rollouts))
+    assert vote_weights("self_certainty", group.rollouts, [1, 1, 0, -1]).tolist() == [3.0, 5.0, 9.0, 100.0]
+    soft = SoftVote(weights="self_certainty")
+    assert soft.needs == MajorityVote(weights="self_certainty").needs == {"self_certainty"}
+    assert soft(group, context()).rewards.tolist() == pytest.approx([8 / 17, 8 / 17, 9 / 17, 0])
+    # one vote is nobody's majority, whatever it weighs; with a second one it overrules three hesitant ones
+    assert MajorityVote(weights="self_certainty")(group, context()).label is None
+    sure = [replace(r, self_certainty=np.full(3, c, np.float32)) for r, c in zip(make_group(boxed([7, 7, 7, 5, 5])).rollouts,
+                                                                                 [1, 1, 1, 2, 2], strict=True)]  # fmt: skip
+    assert (
+        MajorityVote(weights="self_certainty")(
+            replace(make_group(boxed([7, 7, 7, 5, 5])), rollouts=tuple(sure)), context()
+        ).label
+        == "5"
+    )
+    with pytest.raises(ValueError, match="self-certainties were not recorded"):
+        soft(make_group(boxed([7, 7])), context())
 
 
 def test_soft_vote() -> None:

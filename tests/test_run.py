@@ -181,7 +181,8 @@ def test_a_killed_run_resumes_exactly(finished, tmp_path):
     wait_for(folder / "checkpoints" / "step-000001", process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert not (folder / "summary.json").exists()
+    assert summary(folder)["status"] == "failed"
+    assert "killed" in summary(folder)["reason"]
     resumed = ttrl("train", "quickstart", *SMALL, "--output", folder, "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert timeless(folder) == timeless(finished)

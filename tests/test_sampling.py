@@ -111,8 +111,40 @@ def test_entropy_golden_numbers() -> None:
     torch.testing.assert_close(entropy, torch.tensor([math.log(4), math.log(2), 0.0]))
 
 
-def test_entropy_is_only_computed_on_request() -> None:
-    assert draw(torch.zeros(2, 3), torch.zeros(2, dtype=torch.float64), spec()).entropy is None
+def test_self_certainty_golden_numbers() -> None:
+    # KL(U || p) by hand. 1/2 1/4 1/8 1/8: -(ln 2 + 0 - ln 2 - ln 2) / 4. A masked token does not count: 1/2 1/4 1/4 of three is
+    # -(ln 1.5 + 2 ln .75) / 3. Uniform, and the only possible token, are 0.
+    gone = -torch.inf
+    masses = torch.tensor([[0.5, 0.25, 0.125, 0.125], [0.5, 0.25, 0.25, 0.0], [0.25] * 4, [1.0, 0.0, 0.0, 0.0]])
+    drawn = draw(masses.log() + 3.0, torch.zeros(4, dtype=torch.float64), spec(self_certainty=True))
+    torch.testing.assert_close(drawn.self_certainty, torch.tensor([math.log(2) / 4, 0.0566330, 0.0, 0.0]))
+    assert masses.log()[1, 3] == gone
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.6, 1.0, 1.7])
+def test_self_certainty_equals_the_divergence_in_double_precision(temperature: float) -> None:
+    logits = random_logits(64, 5000, seed=12, spread=4.0)
+    logits[::2, 4000:] = -torch.inf  # a padded vocabulary
+    drawn = draw(logits, torch.from_numpy(uniforms(9, 64)), spec(temperature=temperature, self_certainty=True))
+    assert drawn.self_certainty is not None and drawn.self_certainty.dtype == torch.float32
+    for row, value in zip(logits.double() / (temperature or 1.0), drawn.self_certainty.tolist(), strict=True):
+        possible = torch.log_softmax(row[row > -torch.inf], dim=-1)
+        uniform = torch.full_like(possible, 1 / len(possible))
+        twin = torch.nn.functional.kl_div(possible, uniform, reduction="sum").item()
+        assert value == pytest.approx(twin, rel=1e-5)
+
+
+def test_self_certainty_of_extreme_logits_is_finite() -> None:
+    logits = torch.tensor([[0.0, -1e30, 50.0], [1e4, -1e4, 0.0], [-3e38, 3e38, 0.0]])
+    certainty = draw(
+        logits, torch.zeros(3, dtype=torch.float64), spec(self_certainty=True, temperature=0.7)
+    ).self_certainty
+    assert certainty is not None and torch.isfinite(certainty).all() and (certainty >= 0).all()
+
+
+def test_entropy_and_self_certainty_are_only_computed_on_request() -> None:
+    drawn = draw(torch.zeros(2, 3), torch.zeros(2, dtype=torch.float64), spec())
+    assert drawn.entropy is None and drawn.self_certainty is None
 
 
 def test_greedy_takes_the_first_of_the_largest_and_scores_at_temperature_one() -> None:

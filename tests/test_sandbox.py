@@ -1,4 +1,4 @@
-"""The grading servers under attack: limits, recovery, threads, asyncio and Ray, and nothing left behind."""
+"""The grading servers under attack: limits, recovery, threads and asyncio. Ray actors: test_ray_rewards.py."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from test_gate import BOMBS
 
 from ttrl.rewards import sandbox_worker
 from ttrl.rewards.equivalence import classes, forget, grade
-from ttrl.rewards.sandbox import Limits, Outcome, Sandbox, shared_sandbox
+from ttrl.rewards.sandbox import Limits, Outcome, Sandbox, _Server, shared_sandbox
 
 ROOT = Path(__file__).resolve().parent.parent
 # These pass no gate: they are handed to the server as they are, to see that its limits hold on their own.
@@ -54,11 +54,33 @@ def test_a_pattern_that_backtracks_for_ever_is_stopped(sandbox: Sandbox) -> None
 
 
 def test_memory_is_bounded() -> None:
-    box = Sandbox(servers=1, limits=Limits(memory_mb=1024, cpu_seconds=20, wall_seconds=20))
+    """A pattern that remembers where it could go back to: 50 bytes a step, four million steps."""
+    hungry: list[tuple[str, ...]] = [("regex", "(?:ab|aa)*(c?)", "1", "a" * 8_000_000), ("math", "2+2")]
+    for memory_mb, outcome in ((256, TIMED_OUT), (2048, Outcome(key=""))):
+        box = Sandbox(servers=1, limits=Limits(memory_mb=memory_mb, cpu_seconds=20, wall_seconds=20))
+        try:
+            assert box.run(hungry) == [outcome, Outcome(key="4")]
+        finally:
+            box.close()
+
+
+def test_servers_that_are_missing_start_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    running, box, wait = [], Sandbox(servers=2), _Server.await_ready
+
+    def await_ready(self: _Server, seconds: float) -> None:
+        running.append(len(box.pids()))
+        wait(self, seconds)
+
+    monkeypatch.setattr(_Server, "await_ready", await_ready)
     try:
-        # nested groups with a large count compile into gigabytes
-        assert box.run([("regex", "(?:(?:(?:a{1000}){1000}){10})", "0", "a")]) in ([TIMED_OUT], [Outcome()])
-        assert box.run([("math", "2+2")]) == [Outcome(key="4")]
+        assert box.run([("math", "1+1")]) == [Outcome(key="2")]
+        assert box.run([("math", "1+1")] * 8) == [Outcome(key="2")] * 8
+        assert running == [1, 2]  # a second one only for work worth splitting
+        for pid in box.pids():
+            os.kill(pid, 9)
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        assert box.run([("math", "1+1")] * 8) == [Outcome(key="2")] * 8
+        assert running == [1, 2, 2, 2]
     finally:
         box.close()
 
@@ -166,29 +188,6 @@ def test_bombs_from_a_worker_thread_are_cheap() -> None:
     thread.start()
     thread.join(60)
     check(measured[0])
-
-
-def test_bombs_in_a_ray_actor_are_cheap() -> None:
-    ray = pytest.importorskip("ray")
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, object_store_memory=80 << 20, runtime_env={
-        "env_vars": {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
-    })  # fmt: skip
-    try:
-
-        @ray.remote
-        class Grader:
-            def warm(self) -> None:
-                __import__("test_sandbox").warm()
-
-            def costs(self) -> dict[str, float]:
-                measured: dict[str, float] = __import__("test_sandbox").costs()
-                return measured
-
-        actor = Grader.remote()
-        ray.get(actor.warm.remote(), timeout=120)
-        check(ray.get(actor.costs.remote(), timeout=120))
-    finally:
-        ray.shutdown()
 
 
 def test_grading_works_under_asyncio_and_from_many_threads() -> None:

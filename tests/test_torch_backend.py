@@ -39,6 +39,7 @@ from transformers import (
 )
 
 from ttrl.errors import ConfigError, EngineError, StopRequested
+from ttrl.model.weights import load_weights
 from ttrl.rollout.hf import HFEngine
 from ttrl.trainers.grpo import GRPO
 from ttrl.trainers.losses.kl import KLAnchor
@@ -214,11 +215,11 @@ def test_an_update_moves_weights_and_raises_what_was_rewarded(tiny_model_dir: Pa
     start = weights_of(ours)
     batch = pack([items[0]], 1)[0]
     with torch.no_grad():
-        before = ours._scorer(batch).logprobs.sum()
+        before = ours._loss.scorer(batch).logprobs.sum()
     for step in range(2):
         assert ours.step(step, one_update(items)).grad_norm > 0
     with torch.no_grad():
-        after = ours._scorer(batch).logprobs.sum()
+        after = ours._loss.scorer(batch).logprobs.sum()
     assert ours.version == 2
     assert after > before + 1e-3
     assert largest_difference(weights_of(ours), start) > 1e-5
@@ -367,16 +368,16 @@ def test_the_anchor_stays_at_the_start_model(tiny_model_dir: Path, parameters: A
         settings={"lr": 0.02, "gradient_checkpointing": checkpointing},
     )  # fmt: skip
     batch = pack(items, 10_000)[0]
-    start = ours._reference_logprobs(batch)
+    start = ours._loss.reference_logprobs(batch)
     expected = token_scores(AutoModelForCausalLM.from_pretrained(tiny_model_dir), batch, TEMPERATURE)[0].detach()
     torch.testing.assert_close(start, expected, rtol=1e-5, atol=1e-5)
     assert ours.step(0, one_update(items)).metrics["train/kl"] == pytest.approx(0.0, abs=1e-9)
     for step in (1, 2):
         kl = ours.step(step, one_update(items)).metrics["train/kl"]
     assert kl > 1e-3
-    assert torch.equal(ours._reference_logprobs(batch), start)
+    assert torch.equal(ours._loss.reference_logprobs(batch), start)
     with torch.no_grad():
-        d = start - ours._scorer(batch).logprobs
+        d = start - ours._loss.scorer(batch).logprobs
     weight = torch.as_tensor(batch.weights)
     after = float(((d.exp() - d - 1) * weight).sum() / weight.sum())
     assert ours.step(3, one_update(items)).metrics["train/kl"] == pytest.approx(after, rel=1e-4)
@@ -384,8 +385,8 @@ def test_the_anchor_stays_at_the_start_model(tiny_model_dir: Path, parameters: A
 
 def test_without_an_anchor_there_is_no_reference_model(tiny_model_dir: Path) -> None:
     ours = made(tiny_model_dir)
-    assert ours._reference is None
-    assert ours._reference_logprobs(pack(samples(), 1000)[0]) is None
+    assert not ours._loss.needs_reference
+    assert ours._loss.reference_logprobs(pack(samples(), 1000)[0]) is None
 
 
 # --- adapters -------------------------------------------------------------------------------------------------------------
@@ -437,7 +438,7 @@ def test_merged_weights_equal_the_forward_pass_of_the_adapters(tiny_model_dir: P
         for name, parameter in plain.named_parameters():
             parameter.copy_(merged.get(name, parameter))
         expected = token_scores(plain, batch, TEMPERATURE)[0]
-        close = ours._scorer(batch).logprobs
+        close = ours._loss.scorer(batch).logprobs
     torch.testing.assert_close(close, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -451,7 +452,7 @@ def test_adapters_of_transposed_layers_arrive_merged_the_right_way_round(tmp_pat
         for name, parameter in plain.named_parameters():
             parameter.copy_(merged.get(name, parameter))
         batch = pack(items, 10_000)[0]
-        logprobs = ours._scorer(batch).logprobs
+        logprobs = ours._loss.scorer(batch).logprobs
         torch.testing.assert_close(logprobs, token_scores(plain, batch, TEMPERATURE)[0], rtol=1e-4, atol=1e-4)
         assert (logprobs - token_scores(gpt2(), batch, TEMPERATURE)[0]).abs().max() > 0.01
 
@@ -460,12 +461,12 @@ def test_the_start_context_switches_the_adapters_off_and_on_again(tiny_model_dir
     ours, items = trained_lora(tiny_model_dir)
     batch = pack(items, 10_000)[0]
     with torch.no_grad():
-        adapted = ours._scorer(batch).logprobs
+        adapted = ours._loss.scorer(batch).logprobs
         context = ours._setup.parameters.start()
         assert context is not None
         with context:
-            off = ours._scorer(batch).logprobs
-        again = ours._scorer(batch).logprobs
+            off = ours._loss.scorer(batch).logprobs
+        again = ours._loss.scorer(batch).logprobs
         start = token_scores(tiny_llama(), batch, TEMPERATURE)[0]
     torch.testing.assert_close(off, start, rtol=1e-5, atol=1e-5)
     assert torch.equal(again, adapted)
@@ -495,7 +496,7 @@ def test_an_engine_with_the_new_weights_agrees_with_the_trainer(tiny_model_dir: 
     batch = pack(items, 10_000)[0]
     with torch.no_grad():
         held = token_scores(engine._model, batch, TEMPERATURE)[0]
-        torch.testing.assert_close(held, ours._scorer(batch).logprobs, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(held, ours._loss.scorer(batch).logprobs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -521,7 +522,7 @@ def test_the_exported_model_loads_with_transformers_and_says_the_same(
         batch = pack(items, 10_000)[0]
         with torch.no_grad():
             logprobs = token_scores(loaded, batch, TEMPERATURE)[0]
-            torch.testing.assert_close(logprobs, ours._scorer(batch).logprobs, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(logprobs, ours._loss.scorer(batch).logprobs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -148,11 +148,15 @@ def test_truncated_sampling_records_the_full_softmax(engine: Any, folder: Path) 
 
 def test_a_mixed_call_gives_each_request_what_it_asked_for(engine: Any, folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder)
-    specs = (SPEC, GREEDY, replace(SPEC, entropy=False, temperature=1.0), replace(SPEC, top_p=0.5))
+    specs = (
+        SPEC, GREEDY, replace(SPEC, entropy=False, temperature=1.0), replace(SPEC, top_p=0.5),
+        replace(SPEC, entropy=False, self_certainty=True),
+    )  # fmt: skip
     wanted = [request(prompt("a"), i, spec) for i, spec in enumerate(specs)]
     for item, rollout in zip(wanted, engine.generate(wanted), strict=True):
         np.testing.assert_allclose(rollout.logprobs, recomputed(model, item, rollout)[0], **CLOSE)
         assert (rollout.entropy is not None) == item.spec.entropy
+        assert (rollout.self_certainty is not None) == item.spec.self_certainty
 
 
 def test_tokens_are_drawn_with_their_probabilities(engine: Any, folder: Path) -> None:
@@ -189,11 +193,12 @@ def test_a_prefix_is_continued(engine: Any) -> None:
 
 
 def test_greedy_is_that_of_the_transformers_engine(engine: Any, folder: Path) -> None:
-    wanted = requests(1, replace(GREEDY, max_new_tokens=40))
+    wanted = requests(1, replace(GREEDY, max_new_tokens=40, self_certainty=True))
     for mine, theirs in zip(engine.generate(wanted), hf(section(folder), lambda: None).generate(wanted), strict=True):
         assert mine.token_ids.tolist() == theirs.token_ids.tolist()
         assert (mine.text, mine.finish, mine.weights) == (theirs.text, theirs.finish, theirs.weights)
         np.testing.assert_allclose(mine.entropy, theirs.entropy, **CLOSE)
+        np.testing.assert_allclose(mine.self_certainty, theirs.self_certainty, **CLOSE)
 
 
 def test_every_end_token_ends_a_rollout_and_stays_in_it(engine: Any) -> None:

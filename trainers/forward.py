@@ -44,20 +44,21 @@ class CompletionScorer:
         self._body, self._head = split_head(model)
         self._vocabulary = int(model.config.get_text_config().vocab_size)
 
-    def __call__(self, batch: PackedBatch) -> TokenScores:
+    def __call__(self, batch: PackedBatch, tokens: int | None = None) -> TokenScores:
+        """With `tokens`, modules run as often as for any other batch of as many segments and up to so many completion tokens."""
         device = self._model.device
         ids = torch.as_tensor(batch.completion_ids, dtype=torch.long, device=device)
         states, start = [], 0
         for segment in batch.segments:
             count = int(segment.lengths.sum())
-            states.append(self._segment(segment, ids[start : start + count]))
+            states.append(self._segment(segment, ids[start : start + count], uniform=tokens is not None))
             start += count
-        return self._score(torch.cat(states), ids)
+        return self._score(torch.cat(states), ids, tokens or 0)
 
-    def _segment(self, segment: Segment, ids: Tensor) -> Tensor:
+    def _segment(self, segment: Segment, ids: Tensor, *, uniform: bool) -> Tensor:
         """States [n, D] that predict the n completion tokens of one segment."""
         prompt = torch.as_tensor(segment.prompt_ids, dtype=torch.long, device=ids.device)
-        rows, longest = len(segment.lengths), int(segment.lengths.max())
+        rows, longest = len(segment.lengths), max(int(segment.lengths.max()), 2 if uniform else 1)
         lengths = torch.as_tensor(segment.lengths, dtype=torch.long, device=ids.device)
         inside = torch.arange(longest, device=ids.device)[None] < lengths[:, None]
         padded = torch.zeros((rows, longest), dtype=torch.long, device=ids.device)
@@ -72,13 +73,14 @@ class CompletionScorer:
             states = self._body(input_ids=whole, use_cache=False)[0][:, len(prompt) - 1 :]
         return states[inside]
 
-    def _score(self, states: Tensor, ids: Tensor) -> TokenScores:
+    def _score(self, states: Tensor, ids: Tensor, at_least: int) -> TokenScores:
         size = max(1, LOGITS_AT_ONCE // self._vocabulary)
-        if len(ids) <= size:
+        count = max(len(ids), at_least)
+        if count <= size:
             return TokenScores(*self._chunk(states, ids))
-        parts = [
+        parts = [  # the last ones may be empty
             checkpoint(self._chunk, states[i : i + size], ids[i : i + size], use_reentrant=False)
-            for i in range(0, len(ids), size)
+            for i in range(0, count, size)
         ]
         return TokenScores(torch.cat([logprobs for logprobs, _ in parts]), torch.cat([entropy for _, entropy in parts]))
 

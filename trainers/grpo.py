@@ -5,6 +5,8 @@ rewards of the trained rollouts -> advantage per rollout -> the same number on a
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from ttrl.config.schema import Plug
@@ -15,7 +17,7 @@ from ttrl.types import Group, Request, Sample, Scored
 
 
 class GRPO:
-    """advantage and loss are plug-ins of their own; `clip` and `dual_clip` are passed to the `clip` loss."""
+    """advantage and loss are plug-ins of their own; `clip` and `dual_clip` are passed to the loss `clip`, `tis` to the loss `tis`."""
 
     def __init__(
         self,
@@ -24,11 +26,14 @@ class GRPO:
         loss: str = "clip",
         clip: tuple[float, float] = (0.2, 0.2),
         dual_clip: float | None = None,
+        tis: dict[str, Any] | None = None,
     ) -> None:
         self._advantage = resolve("advantage", advantage)
-        options = {"clip": clip, "dual_clip": dual_clip} if loss == "clip" else {}
+        options = {"clip": {"clip": clip, "dual_clip": dual_clip}, "tis": tis or {}}.get(loss, {})
         if loss != "clip" and (clip != (0.2, 0.2) or dual_clip is not None):
             raise ConfigError(f"clip and dual_clip belong to the clip loss, not to {loss!r}")
+        if loss != "tis" and tis is not None:
+            raise ConfigError(f"tis belongs to the loss tis, not to {loss!r}")
         self._loss = build("loss", Plug.model_validate({"use": loss, "with": options}))
         self.needs: frozenset[str] = self._loss.needs
 

@@ -138,6 +138,37 @@ def check(
 
 
 @app.command()
+def plan(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    gpus: Annotated[
+        str | None, typer.Option(help="COUNTxDEVICE, such as 8xH100; default: the CPU of this machine")
+    ] = None,
+    params: Annotated[str | None, typer.Option(help="size such as 7B, instead of the recipe's model")] = None,
+    mean_length: Annotated[float | None, typer.Option(help="expected tokens of a completion")] = None,
+    prompt_tokens: Annotated[int | None, typer.Option(min=1, help="of the longest prompt")] = None,
+    memory: Annotated[float | None, typer.Option(min=0.1, help="GiB of a device, instead of what is known")] = None,
+    price: Annotated[float | None, typer.Option(min=0.0, help="USD per device and hour")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Predict memory, time and money of a recipe before running it. Exit status 1 when it does not fit."""
+    from ttrl.config import load_recipe
+    from ttrl.plan.command import PlanCall, make_plan
+    from ttrl.plan.report import show, to_json
+
+    call = PlanCall(
+        gpus=gpus, params=params, mean_length=mean_length, prompt_tokens=prompt_tokens, memory_gib=memory, price=price
+    )
+    made = make_plan(load_recipe(recipe, overrides or []), call)
+    if as_json:
+        typer.echo(json.dumps(to_json(made), indent=2))
+    else:
+        show(made, Console(soft_wrap=True))
+    if not made.fits:
+        raise typer.Exit(EXIT_FAILED)
+
+
+@app.command()
 def report(run: Annotated[Path, typer.Argument(help="run folder")]) -> None:
     """Write report.html of a run again from its files."""
     from ttrl.report import write_report

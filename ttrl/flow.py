@@ -97,7 +97,7 @@ class RunAhead:
             self._post(step, None)  # the loop has synced, evaluated and stored what it wanted; sampling may go on
         with self._turn:
             self._turn.wait_for(lambda: self._ready or self._error)
-            if self._error is not None:
+            if not self._ready and self._error is not None:  # what was drawn before it went wrong is good
                 raise self._error
             drawn = self._ready.popleft()
         assert drawn.state == self.state_for(step)

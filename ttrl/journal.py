@@ -20,7 +20,7 @@ from ttrl.evaluate.book import EvaluationBook
 from ttrl.evaluate.evaluator import Evaluation
 from ttrl.metrics import MetricSet, require_finite
 from ttrl.protocols import Reward, StatefulReward, Trainer
-from ttrl.rundir import CHECKPOINTS, EVAL, GROUPS, METRICS, MODEL, SUMMARY, RunDir
+from ttrl.rundir import CHECKPOINTS, EVAL, GROUPS, METRICS, MODEL, RunDir
 from ttrl.seeds import generator
 from ttrl.sinks import Sink
 from ttrl.stepmetrics import share_histogram
@@ -159,7 +159,6 @@ class Journal:
 
         Raises ConfigError when there are checkpoints and all of them are damaged.
         """
-        (self._run.path / SUMMARY).unlink(missing_ok=True)  # it tells how an earlier part ended
         if self._store.is_empty():
             self._run.cut_back(-1)
             return Progress()

@@ -191,6 +191,7 @@ class Kit:
                     prompt_id="kit", index=i, token_ids=np.arange(tokens, dtype=np.int32), text=text,
                     logprobs=np.full(tokens, -0.1 * (1 + i % 3), np.float32), finish=finish if i % 3 == 0 else Finish.STOP,
                     entropy=np.full(tokens, 0.2 * (1 + i % 5), np.float32), weights=WeightStamp(version=0, fingerprint="kit"),
+                    self_certainty=np.full(tokens, 9.0 - i % 5, np.float32),
                 )
             )  # fmt: skip
         prompt = Prompt(id="kit", messages=(Message(role="user", content="?"),), token_ids=np.arange(3, dtype=np.int32))
@@ -216,7 +217,7 @@ def content(group: Group) -> list[object]:
     """Everything a reward could write to, as values."""
     arrays: list[Any] = [group.trainable, group.prompt.token_ids]
     for r in group.rollouts:
-        arrays += [r.token_ids, r.logprobs, *([] if r.entropy is None else [r.entropy])]
+        arrays += [a for a in (r.token_ids, r.logprobs, r.entropy, r.self_certainty) if a is not None]
     return [dict(group.prompt.meta), *((a.dtype, a.tobytes()) for a in arrays)]
 
 

@@ -121,6 +121,7 @@ class _Trial:
                     prompt_id=identifier, index=index, token_ids=rng.integers(5, 99, length).astype(np.int32),
                     logprobs=-rng.exponential(0.5, length).astype(np.float32),
                     entropy=rng.exponential(0.7, length).astype(np.float32), text=texts[place], finish=Finish.STOP,
+                    self_certainty=rng.exponential(9.0, length).astype(np.float32),
                     weights=WeightStamp(version=0, fingerprint="synthetic"),
                 )
             )  # fmt: skip

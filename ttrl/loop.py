@@ -58,6 +58,8 @@ def one_step(parts: Parts, flow: Flow, journal: Journal, progress: Progress) -> 
         with clock("sync"):
             flow.publish(step + 1, stats)
         progress.advance(scored, stats, clock.total())
+    for name, count in parts.pool.events().items():
+        metrics.sum(name, count)
     journal.step(step, metrics, stats, clock, scored)
     if progress.empty_steps >= recipe.max_empty_steps:
         raise GuardStop(f"{progress.empty_steps} steps in a row had nothing to train on; the dropped/ metrics say why")

@@ -81,6 +81,10 @@ class Pool(Protocol):
         """A context in which the engines leave the accelerator to the trainer."""
         ...
 
+    def events(self) -> Mapping[str, float]:
+        """What befell the engines since the last call, as metrics of the step; empty for an engine in this process."""
+        ...
+
     def close(self) -> None:
         """Ends what the pool started."""
         ...
@@ -335,6 +339,6 @@ Phase = Callable[[str], AbstractContextManager[None]]
 
 __all__ = [
     "Classify", "Engine", "ExplainedReward", "ForwardOut", "Gate", "LabelledReward", "LossOut", "Objective", "Phase", "Pool",
-    "RemoteWeights", "Reward", "RewardContext", "Sampler", "Source", "Stabilizer", "StatefulReward", "StopCheck", "TensorBatch", "Trainer",
-    "WeightSource", "WeightStamp",
+    "RemoteWeights", "Reward", "RewardContext", "Sampler", "Source", "Stabilizer", "StatefulReward", "StopCheck", "TensorBatch",
+    "Trainer", "WeightSource", "WeightStamp",
 ]  # fmt: skip

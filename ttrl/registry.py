@@ -6,11 +6,9 @@ the recipe's `with:` and is checked against the signature before any model loads
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.util
 import inspect
-import sys
 import typing
 from collections.abc import Callable
 from importlib.metadata import entry_points
@@ -19,6 +17,7 @@ from typing import Any, cast
 
 from pydantic import ConfigDict, ValidationError, create_model
 
+from ttrl import plugin_files
 from ttrl.config.explain import suggest
 from ttrl.config.schema import Plug
 from ttrl.errors import ConfigError
@@ -50,10 +49,10 @@ BUILT_IN: dict[str, dict[str, str]] = {
     },
     "objective": {"grpo": "ttrl.trainers.grpo:GRPO"},
     "advantage": {"grpo": "ttrl.trainers.advantages:grpo", "dr_grpo": "ttrl.trainers.advantages:dr_grpo"},
-    "loss": {"clip": "ttrl.trainers.losses.clip:ClipLoss"},
+    "loss": {"clip": "ttrl.trainers.losses.clip:ClipLoss", "tis": "ttrl.trainers.losses.tis:TISLoss"},
     "stabilizer": {"kl": "ttrl.trainers.losses.kl:KLAnchor"},
     "parameters": {"full": "ttrl.trainers.parameters:Full", "lora": "ttrl.trainers.parameters:LoRA"},
-    "backend": {"torch": "ttrl.trainers.backends:torch"},
+    "backend": {"deepspeed": "ttrl.trainers.backends:deepspeed", "torch": "ttrl.trainers.backends:torch"},
 }
 
 # Built-ins that need a package beyond the dependencies: slot -> name -> (package, how to get it).
@@ -153,18 +152,8 @@ def _hints(factory: Callable[..., Any]) -> dict[str, Any]:
 def _load_file(path: Path) -> Any:
     if not path.is_file():
         raise ConfigError(f"plug-in file {path}: no such file")
-    # The module name is tied to the full path, so that two files called reward.py do not shadow each other.
-    name = f"ttrl_plugin_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
     try:
-        spec.loader.exec_module(module)
+        return importlib.import_module(plugin_files.module_name(path))
     except BaseException as error:
-        del sys.modules[name]
         error.add_note(f"while loading the plug-in file {path}")
         raise
-    return module

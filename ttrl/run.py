@@ -29,6 +29,8 @@ from ttrl.stopping import StopSwitch
 
 RSS_PER_MB = 1024 if sys.platform != "darwin" else 2**20
 COMPLETED, STOPPED, FAILED = "completed", "stopped", "failed"
+NO_WORD = "nothing was heard of its end: it is still running, or it was killed"
+"""What summary.json says until the end is known: no process can write down that it was killed, or that Ray ended it."""
 
 
 @dataclass(slots=True)
@@ -73,6 +75,7 @@ def run(recipe: Recipe, *, resume: bool, console: Console) -> Outcome:
 def _run(checked: Checked, parts: Parts, directory: RunDir, *, resume: bool, console: Console) -> Outcome:
     recipe = checked.recipe
     outcome, progress = Outcome(), Progress()
+    directory.write_json(SUMMARY, {"status": FAILED, "reason": NO_WORD, "name": recipe.name})
     with _journal(recipe, directory, console) as journal:
         try:
             if resume:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ttrl.cluster import Cluster, check_cluster, connect
 from ttrl.config.schema import Plug, PromptSet, Recipe
 from ttrl.errors import ConfigError
 from ttrl.evaluate.evaluator import Evaluator, check_labels
@@ -32,9 +34,9 @@ from ttrl.protocols import (
 )  # fmt: skip
 from ttrl.registry import build, check, resolve
 from ttrl.rewards.reader import AnswerReader
-from ttrl.rollout.pool import LocalPool
 from ttrl.sinks import check_sinks
 from ttrl.templates import check_template
+from ttrl.trainers.dsconfig import check_deepspeed
 from ttrl.types import Prompt, Rollout, SamplingSpec
 
 if TYPE_CHECKING:
@@ -72,11 +74,12 @@ class Parts:
     link: WeightLink
     evaluators: tuple[Evaluator, ...]
     """the adapted prompts first, then the held-out ones"""
+    ending: ExitStack
+    """What ends workers, ranks and a cluster of our own, in this order."""
 
     def close(self) -> None:
-        """Ends workers and ranks, if there are any."""
-        self.trainer.close()
-        self.pool.close()
+        """Ends what assemble started."""
+        self.ending.close()
 
 
 def check_recipe(recipe: Recipe) -> Checked:
@@ -97,7 +100,10 @@ def check_recipe(recipe: Recipe) -> Checked:
     built += [("gate", plug) for plug in recipe.gates] + [("stabilizer", plug) for plug in recipe.stabilizers]
     for slot, plug in built:
         attempt(lambda slot=slot, plug=plug: build(slot, plug))  # type: ignore[misc]
+    if recipe.trainer.backend.use == "deepspeed":
+        attempt(lambda: check_deepspeed(recipe))
     attempt(lambda: check_sinks(recipe))
+    attempt(lambda: check_cluster(recipe.cluster))
     if reward is not None and recipe.rollout.votes_per_prompt < reward.min_votes:
         problems.append(
             f"rollout.votes_per_prompt is {recipe.rollout.votes_per_prompt}, but the reward needs at least {reward.min_votes}"
@@ -129,20 +135,28 @@ def check_recipe(recipe: Recipe) -> Checked:
 
 
 def assemble(checked: Checked, check_stop: StopCheck) -> Parts:
-    """Load the models and build every part."""
+    """Start what runs elsewhere, load the models and build every part. What was started is ended when something fails."""
+    with ExitStack() as ending:
+        return _assemble(checked, check_stop, ending)
+
+
+def _assemble(checked: Checked, check_stop: StopCheck, ending: ExitStack) -> Parts:
     from ttrl.model.load import load_tokenizer
     from ttrl.sync import WeightLink, canary_text
     from ttrl.trainers.backends import TrainerSetup
 
     recipe, data = checked.recipe, checked.recipe.data
-    setup = TrainerSetup.of(recipe, check_stop)
+    nodes = _nodes(recipe, check_stop, ending)
+    setup = TrainerSetup.of(recipe, check_stop, nodes)
     tokenizer = load_tokenizer(recipe.model.path)  # mistakes in prompts show before a model is loaded
     prompts = tokenize(checked.records, tokenizer, data.template, data.max_prompt_tokens)
     heldout = tokenize(checked.heldout, tokenizer, data.template, data.max_prompt_tokens)
     longest = max(recipe.rollout.max_new_tokens, recipe.eval.max_new_tokens or 0)
-    pool = _pool(recipe, check_stop)
+    pool = _pool(recipe, check_stop, nodes)
+    ending.callback(pool.close)
     check_room([*prompts, *heldout], longest, pool.max_positions)
     trainer: Trainer = build("backend", recipe.trainer.backend, setup)
+    ending.callback(trainer.close)
     if pool.takes_adapters and trainer.weights(adapter=True).adapter is None:
         raise ConfigError(
             f"rollout.engine is set up for LoRA adapters (lora_rank), but trainer.parameters is {recipe.trainer.parameters.use!r}"
@@ -158,6 +172,7 @@ def assemble(checked: Checked, check_stop: StopCheck) -> Parts:
         spec=SamplingSpec(
             max_new_tokens=rollout.max_new_tokens, temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k,
             min_p=rollout.min_p, entropy="entropy" in checked.reward.needs | setup.objective.needs,
+            self_certainty="self_certainty" in checked.reward.needs,
         ),
         reward=checked.reward,
         gates=tuple(build("gate", plug) for plug in recipe.gates),
@@ -165,11 +180,31 @@ def assemble(checked: Checked, check_stop: StopCheck) -> Parts:
         trainer=trainer,
         link=WeightLink(trainer, pool, canary, exact=recipe.model.dtype == "float32"),
         evaluators=_evaluators(checked, prompts, heldout),
+        ending=ending.pop_all(),
     )  # fmt: skip
 
 
-def _pool(recipe: Recipe, check_stop: StopCheck) -> Pool:
+def _nodes(recipe: Recipe, check_stop: StopCheck, ending: ExitStack) -> Cluster | None:
+    """The cluster of a run, with room for its workers and ranks; None when everything lives in this process."""
+    if recipe.cluster.backend == "local":
+        return None
+    nodes = connect(
+        recipe.cluster, check_stop, device=recipe.model.device,
+        ranks=0 if recipe.trainer.backend.use == "torch" else recipe.cluster.ranks,
+        gpus_per_worker=int(recipe.rollout.engine.options.get("tensor_parallel", 1)),
+    )  # fmt: skip
+    ending.callback(nodes.close)
+    return nodes
+
+
+def _pool(recipe: Recipe, check_stop: StopCheck, nodes: Cluster | None) -> Pool:
     """The engines of a run, here or on a cluster."""
+    if nodes is not None:
+        from ttrl.rollout.ray_pool import RayPool
+
+        return RayPool(recipe, nodes)
+    from ttrl.rollout.pool import LocalPool
+
     engine: Engine = build("engine", recipe.rollout.engine, recipe.model, check_stop)
     return LocalPool(engine, bucket_bytes=recipe.cluster.bucket_mb << 20)
 
@@ -196,9 +231,11 @@ def _reward(recipe: Recipe) -> Reward:
         raise ConfigError(
             f"reward {recipe.reward.use!r} must be callable and have {', '.join(missing or ['__call__'])}"
         )
-    unknown = set(reward.needs) - {"entropy", "labels"}
+    unknown = set(reward.needs) - {"entropy", "self_certainty", "labels"}
     if unknown:
-        raise ConfigError(f"reward {recipe.reward.use!r} needs {sorted(unknown)}; rollouts can carry: entropy")
+        raise ConfigError(
+            f"reward {recipe.reward.use!r} needs {sorted(unknown)}; rollouts can carry: entropy, self_certainty"
+        )
     return reward
 
 

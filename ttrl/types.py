@@ -104,6 +104,8 @@ class Rollout:
     """[T] log-probs under the sampler's weights, after temperature, over the full vocabulary."""
     entropy: FloatArray | None
     """[T] entropy in nats of the next-token distribution, when something needs it."""
+    self_certainty: FloatArray | None = None
+    """[T] KL(uniform || next-token distribution) in nats, after temperature, when something needs it."""
     text: str
     finish: Finish
     weights: WeightStamp
@@ -224,6 +226,8 @@ class SamplingSpec:
     min_p: float = 0.0
     entropy: bool = False
     """Record entropies too (costs one more pass over the vocabulary)."""
+    self_certainty: bool = False
+    """Record self-certainties too (likewise)."""
 
     @property
     def is_truncated(self) -> bool:

@@ -271,7 +271,11 @@ class Recipe(Section):
     output: str = Field("", description="run folder; default runs/NAME")
 
     @model_validator(mode="after")
-    def _ranks_need_deepspeed(self) -> Recipe:
+    def _parts_fit(self) -> Recipe:
+        if self.rollout.ahead and self.cluster.backend == "ray" and self.cluster.placement == "colocated":
+            raise ValueError(
+                "rollout.ahead samples while training runs, so both need their own: cluster.placement: split"
+            )
         if self.cluster.ranks > 1 and self.trainer.backend.use == "torch":
             raise ValueError("cluster.ranks above 1 needs trainer.backend: deepspeed; torch is one process")
         return self

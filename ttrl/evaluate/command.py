@@ -15,7 +15,6 @@ from ttrl.model_path import check_model_path
 from ttrl.prompts import check_room, read_prompts, tokenize
 from ttrl.rewards.reader import AnswerReader
 from ttrl.rollout.engines import hf
-from ttrl.rollout.pool import LocalPool
 from ttrl.stopping import StopSwitch
 from ttrl.templates import check_template
 from ttrl.types import SamplingSpec
@@ -60,6 +59,8 @@ def evaluate_model(call: EvalCall) -> Evaluation:
     records = read_prompts(call.prompts, limit=call.limit)
     if call.labels is not None:
         read_labels(call.labels, [record.id for record in records])
+    from ttrl.rollout.pool import LocalPool  # imports torch: only after everything above was found to be right
+
     with StopSwitch() as switch:
         engine = hf(section, switch.check)
         prompts = tokenize(records, engine.tokenizer, call.template, None)

@@ -59,8 +59,9 @@ def pack_buckets(tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int) -> It
         source = tensor.detach().to("cpu").contiguous()
         raw = source.reshape(-1).view(torch.uint8).numpy()
         if entries and size + raw.nbytes > bucket_bytes:
-            yield Bucket(tuple(entries), data[:size])
-            entries, size = [], 0
+            full = [Bucket(tuple(entries), data[:size])]
+            data, entries, size = np.empty(0, np.uint8), [], 0
+            yield full.pop()  # nothing here keeps it alive
         if not entries:  # a new array: whoever got the last bucket may still read it
             data = np.empty(max(bucket_bytes, raw.nbytes), np.uint8)
         entries.append(Entry(name, str(source.dtype).removeprefix("torch."), tuple(source.shape), size))
@@ -68,6 +69,21 @@ def pack_buckets(tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int) -> It
         size = min(len(data), -(-(size + raw.nbytes) // _ALIGNMENT) * _ALIGNMENT)
     if entries:
         yield Bucket(tuple(entries), data[:size])
+
+
+def follow_buckets(tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int) -> Iterator[None]:
+    """Yields whenever `pack_buckets` would, and copies nothing: for ranks that only help to make the tensors whole."""
+    count, size, room = 0, 0, 0
+    for _, tensor in tensors:
+        nbytes = tensor.numel() * tensor.element_size()
+        if count and size + nbytes > bucket_bytes:
+            yield None
+            count, size = 0, 0
+        if not count:
+            room = max(bucket_bytes, nbytes)
+        count, size = count + 1, min(room, -(-(size + nbytes) // _ALIGNMENT) * _ALIGNMENT)
+    if count:
+        yield None
 
 
 def _borrowed(data: npt.NDArray[np.uint8]) -> Tensor:

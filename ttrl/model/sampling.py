@@ -22,6 +22,8 @@ class Draw:
     """[R] after temperature, over the full vocabulary, float32"""
     entropy: Tensor | None
     """[R] nats"""
+    self_certainty: Tensor | None
+    """[R] nats"""
 
 
 def draw(logits: Tensor, uniform: Tensor, spec: SamplingSpec) -> Draw:
@@ -40,7 +42,20 @@ def draw(logits: Tensor, uniform: Tensor, spec: SamplingSpec) -> Draw:
         tokens = torch.searchsorted(mass, (uniform * mass[:, -1])[:, None], right=True)[:, 0]
         tokens = tokens.clamp_max(logits.shape[1] - 1)  # only NaN logits get there; their log-prob tells
     entropy = -(probs * logprobs.clamp_min(-1e4)).sum(dim=-1) if spec.entropy else None
-    return Draw(tokens, logprobs.gather(1, tokens[:, None])[:, 0], entropy)
+    certainty = self_certainty(logprobs) if spec.self_certainty else None
+    return Draw(tokens, logprobs.gather(1, tokens[:, None])[:, 0], entropy, certainty)
+
+
+def self_certainty(logprobs: Tensor) -> Tensor:
+    """[R] KL(U || p) = -1/V sum_v ln(V p(v)) in nats, of log-probs [R, V] (self-certainty, arXiv 2502.18581); 0 where p is uniform.
+
+    V counts the tokens that can occur. A masked logit (-inf: padding of the vocabulary) says nothing about confidence, and would
+    make every value infinite.
+    """
+    possible = logprobs > -torch.inf
+    number = possible.sum(dim=-1).clamp_min(1).float()
+    mean = torch.where(possible, logprobs, 0.0).sum(dim=-1) / number
+    return (-number.log() - mean).clamp_min(0.0)  # not negative but for rounding
 
 
 def scaled(logits: Tensor, temperature: float) -> Tensor:

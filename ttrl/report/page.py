@@ -46,7 +46,7 @@ def _content(run: RunDir) -> dict[str, Any]:
     recipe = load_recipe(run.path / RECIPE)
     text = (run.path / RECIPE).read_text(encoding="utf-8")
     metrics = list(run.lines(METRICS))
-    summary = run.summary() or _unfinished(metrics)
+    summary = {**_unfinished(metrics), **run.summary()}
     entries = list(run.lines(LEDGER))
     headlines = _headlines(summary)
     return {

@@ -1,0 +1,69 @@
+"""What runs in a rollout actor: one engine, driven by `RayPool` from the process of the run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ttrl.config.schema import ModelSection, Plug
+from ttrl.model.buckets import Bucket
+from ttrl.protocols import Engine
+from ttrl.registry import build
+from ttrl.types import AdapterSpec, FloatArray, IntArray, Request, Rollout, WeightStamp
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traits:
+    """What the pool must know of an engine."""
+
+    has_weights: bool
+    takes_adapters: bool
+    contexts_at_once: int | None
+    max_positions: int | None
+    weights: WeightStamp
+
+
+class Worker:
+    """A Ray actor. `start` comes first; methods are called one at a time."""
+
+    _engine: Engine
+
+    def start(self, plug: Plug, model: ModelSection) -> Traits:
+        """Build the engine by its name. Raises what the engine raises."""
+        self._engine = build("engine", plug, model, _never_stop)
+        engine = self._engine
+        return Traits(
+            has_weights=engine.has_weights, takes_adapters=engine.takes_adapters, contexts_at_once=engine.contexts_at_once,
+            max_positions=engine.max_positions, weights=engine.ping().weights,
+        )  # fmt: skip
+
+    def generate(self, requests: Sequence[Request]) -> list[Rollout]:
+        """One rollout per request, in order."""
+        return self._engine.generate(requests)
+
+    def begin_load(self, version: int, manifest: Mapping[str, tuple[int, ...]], adapter: AdapterSpec | None) -> None:
+        """New weights follow."""
+        self._engine.begin_load(version, manifest, adapter)
+
+    def load(self, bucket: Bucket) -> None:
+        """Some of them; the bucket lies in the object store and is only read."""
+        self._engine.load(bucket.tensors())
+
+    def end_load(self) -> tuple[str, WeightStamp]:
+        """(fingerprint of what arrived, stamp of what the engine now says it holds)."""
+        fingerprint = self._engine.end_load()
+        return fingerprint, self._engine.ping().weights
+
+    def score(self, token_ids: IntArray) -> FloatArray:
+        """[T] -> [T - 1]."""
+        return self._engine.score(token_ids)
+
+    def release(self) -> None:
+        self._engine.release()
+
+    def restore(self) -> None:
+        self._engine.restore()
+
+
+def _never_stop() -> None:
+    """The wish to stop reaches the process of the run, which then ends its workers."""
