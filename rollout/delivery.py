@@ -45,7 +45,13 @@ def delivery(nodes: Cluster) -> Delivery:
     wanted, bucket_bytes = nodes.section.transport, nodes.section.bucket_mb << 20
     if wanted in ("auto", "object_store"):
         return ObjectStore(nodes, bucket_bytes)
-    raise ConfigError(f"cluster.transport: {wanted} is not known to this engine; use auto, object_store or gloo")
+    if wanted == "gloo":
+        from ttrl.rollout.gloo import Gloo
+
+        return Gloo(nodes, bucket_bytes)
+    raise ConfigError(
+        f"cluster.transport: {wanted} is not connected to rollout workers; use auto, object_store or gloo"
+    )
 
 
 class ObjectStore:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ttrl.config.schema import ModelSection, Plug
-from ttrl.model.buckets import Bucket
+from ttrl.model.buckets import Bucket, Entry
 from ttrl.protocols import Engine
 from ttrl.registry import build
 from ttrl.types import AdapterSpec, FloatArray, IntArray, Request, Rollout, WeightStamp
+
+if TYPE_CHECKING:
+    from ttrl.rollout.gloo import Receiver
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +31,7 @@ class Worker:
     """A Ray actor. `start` comes first; methods are called one at a time."""
 
     _engine: Engine
+    _receiver: Receiver
 
     def start(self, plug: Plug, model: ModelSection) -> Traits:
         """Build the engine by its name. Raises what the engine raises."""
@@ -48,6 +53,25 @@ class Worker:
     def load(self, bucket: Bucket) -> None:
         """Some of them; the bucket lies in the object store and is only read."""
         self._engine.load(bucket.tensors())
+
+    def join(self, address: tuple[str, int], rank: int, size: int, seconds: float) -> bool:
+        """Become part of a broadcast group (`gloo.py`); False when it did not come about."""
+        from ttrl.rollout.gloo import Receiver
+
+        try:
+            self._receiver = Receiver(address, rank, size, seconds)
+        except RuntimeError:
+            return False
+        return True
+
+    def receive(self, entries: Sequence[Entry], nbytes: int) -> bool:
+        """Load a bucket that is broadcast; False when the group broke."""
+        try:
+            bucket = self._receiver.receive(entries, nbytes)
+        except RuntimeError:
+            return False
+        self._engine.load(bucket.tensors())
+        return True
 
     def end_load(self) -> tuple[str, WeightStamp]:
         """(fingerprint of what arrived, stamp of what the engine now says it holds)."""

@@ -27,6 +27,7 @@ from ttrl.errors import ConfigError
 from ttrl.metrics import MetricSet
 from ttrl.model.weights import Intake
 from ttrl.protocols import ForwardOut, LossOut, TensorBatch
+from ttrl.trainers.deepspeed_backend import DeepSpeedTrainer
 from ttrl.trainers.losses.kl import KLAnchor
 from ttrl.trainers.packing import pack
 from ttrl.trainers.parameters import Full, LoRA
@@ -122,8 +123,9 @@ def test_two_ranks_agree_with_the_torch_backend(
         assert max(float(np.abs(rank["weights"][n] - weights[n].numpy()).max()) for n in weights) < 0.01 * LR
 
 
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
-@pytest.mark.parametrize("fields", [{}, {"lora": True}])
+@pytest.mark.parametrize(
+    ("zero", "fields"), [(0, {}), (0, {"lora": True}), (1, {}), (2, {"lora": True}), (3, {}), (3, {"lora": True})]
+)
 def test_one_rank_agrees_with_the_torch_backend_and_prints_nothing(
     tiny_model_dir: Path, zero: int, fields: dict[str, Any], capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -218,19 +220,23 @@ def test_numbers_that_are_not_finite_stop_the_step_before_the_weights_move(
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_bfloat16_trains_with_float32_weights_behind_it(tiny_model_dir: Path, zero: int) -> None:
     reference = trainer(tiny_model_dir, temperature=0.8).step(0, one_update(step_samples(0)))
-    ours = rank_trainer(tiny_model_dir, dtype="bfloat16", settings={"zero": zero, "lr": 1e-6})
-    start = weights_of(ours)
-    stats = [ours.step(step, one_update(step_samples(0), 25)) for step in range(3)]
+    ours = rank_trainer(tiny_model_dir, dtype="bfloat16", settings={"zero": zero, "lr": 1e-5})
+    start, behind = weights_of(ours), float32_weights(ours)
+    stats = ours.step(0, one_update(step_samples(0), 25))
     assert all(tensor.dtype == torch.bfloat16 for tensor in start.values())
-    assert stats[0].metrics["train/loss"] == pytest.approx(reference.metrics["train/loss"], abs=0.05)
-    assert stats[0].grad_norm == pytest.approx(reference.grad_norm, rel=0.1)
+    assert stats.metrics["train/loss"] == pytest.approx(reference.metrics["train/loss"], abs=0.05)
+    assert stats.grad_norm == pytest.approx(reference.grad_norm, rel=0.1)
+    # The first step of Adam is lr, whatever the gradient: far below the resolution of bfloat16 around 0.3, and not lost
+    moved = (float32_weights(ours) - behind).abs()
+    assert float(moved[moved > 0].median()) == pytest.approx(1e-5, rel=0.02)
+    assert largest_difference(weights_of(ours), start) < 1e-4
+    ours.close()
+
+
+def float32_weights(of: DeepSpeedTrainer) -> torch.Tensor:
     from ttrl.trainers.dsstate import masters
 
-    # Three steps of 1e-6 are far below the resolution of bfloat16 around 0.3, and must not be lost
-    moved = torch.cat([m.detach().float().flatten() for m in masters(ours._engine)])
-    assert largest_difference(weights_of(ours), start) < 1e-5
-    assert (moved != moved.bfloat16().float()).float().mean() > 0.5
-    ours.close()
+    return torch.cat([master.detach().clone().flatten() for master in masters(of._engine)])
 
 
 @pytest.mark.parametrize(
@@ -239,7 +245,6 @@ def test_bfloat16_trains_with_float32_weights_behind_it(tiny_model_dir: Path, ze
         (1, "optimizer", False, "float32"),
         (2, "optimizer", False, "bfloat16"),
         (3, "all", True, "float32"),
-        (3, "all", False, "bfloat16"),
     ],
 )
 def test_offload_computes_the_same(tiny_model_dir: Path, zero: int, offload: str, lora: bool, dtype: str) -> None:

@@ -265,7 +265,7 @@ SMALL = {
 KINDS = {
     "full with kl": ["stabilizers=[{use: kl}]", "trainer.tokens_per_microbatch=2048"],
     "lora": ["trainer.parameters={use: lora, with: {rank: 4}}", "trainer.tokens_per_microbatch=4096"],
-    "bfloat16": ["model.dtype=bfloat16", "trainer.gradient_checkpointing=true", "trainer.tokens_per_microbatch=2048"],
+    "checkpointed": ["trainer.gradient_checkpointing=true", "trainer.tokens_per_microbatch=4096"],
 }
 
 

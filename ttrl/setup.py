@@ -141,12 +141,12 @@ def assemble(checked: Checked, check_stop: StopCheck) -> Parts:
 
 
 def _assemble(checked: Checked, check_stop: StopCheck, ending: ExitStack) -> Parts:
+    nodes = _nodes(checked.recipe, check_stop, ending)  # before torch is imported: a wrong address shows at once
     from ttrl.model.load import load_tokenizer
     from ttrl.sync import WeightLink, canary_text
     from ttrl.trainers.backends import TrainerSetup
 
     recipe, data = checked.recipe, checked.recipe.data
-    nodes = _nodes(recipe, check_stop, ending)
     setup = TrainerSetup.of(recipe, check_stop, nodes)
     tokenizer = load_tokenizer(recipe.model.path)  # mistakes in prompts show before a model is loaded
     prompts = tokenize(checked.records, tokenizer, data.template, data.max_prompt_tokens)

@@ -38,7 +38,7 @@ eval: {samples: 2, k: [1], limit: 1, max_new_tokens: 8, extractor: math}
 KL = "stabilizers=[{use: kl}]"
 LORA = "trainer.parameters={use: lora, with: {rank: 8, targets: [q_proj, k_proj, v_proj, o_proj]}}"
 # bfloat16 products are slow on a CPU without instructions for them, so there are fewer tokens
-HALF = ("model.dtype=bfloat16", "rollout.votes_per_prompt=4", "rollout.max_new_tokens=32")
+HALF = ("model.dtype=bfloat16", "rollout.votes_per_prompt=2", "rollout.max_new_tokens=16", "eval.max_new_tokens=2")
 # name -> recipe (None: the one above), overrides
 RUNS: dict[str, tuple[str | None, tuple[str, ...]]] = {
     "tiny": ("quickstart", ("steps=2", "eval.limit=4")),

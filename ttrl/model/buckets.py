@@ -41,9 +41,13 @@ class Bucket:
     entries: tuple[Entry, ...]
     data: npt.NDArray[np.uint8]
 
+    def flat(self) -> Tensor:
+        """[bytes] uint8 of the whole bucket; borrowed and read-only."""
+        return _borrowed(self.data)
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Views into the bucket, not copies; read-only, and valid as long as the bucket is."""
-        whole = _borrowed(self.data)
+        whole = self.flat()
         for entry in self.entries:
             dtype = getattr(torch, entry.dtype)
             count = int(np.prod(entry.shape, dtype=np.int64))
