@@ -29,6 +29,9 @@ log = logging.getLogger(__name__)
 
 _FINISH = {"stop": Finish.STOP, "length": Finish.LENGTH, "abort": Finish.ABORT}
 
+_BATCH_BYTES = 32 << 20
+"""Tensors handed to vLLM in one call: with what waits for the rest of its layer, all that is held beside the weights."""
+
 
 class VLLMEngine:
     """Owns a vLLM engine in this process. Not thread-safe; one per process."""
@@ -192,18 +195,32 @@ class VLLMEngine:
             self._call("ttrl_begin")
 
     def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Hand on tensor by tensor. Raises EngineError for what was not announced and for what vLLM does not take."""
+        """Hand on. Raises EngineError for what was not announced and for what vLLM does not take."""
         assert self._intake is not None
+        batch: list[tuple[str, Tensor]] = []
         for name, tensor in self._intake.take(iter(tensors)):
             held = tensor.detach().to(self._dtype)
-            self._fingerprint.update(name, held)
+            if held.data_ptr() == tensor.data_ptr():  # it is only borrowed, and vLLM keeps it until a layer is complete
+                held = held.clone()
+            batch.append((name, held))
+            # Alone at first, for only then is it seen when vLLM skips it; a call costs milliseconds, so later in batches
+            if name not in self._sent or sum(t.nbytes for _, t in batch) > _BATCH_BYTES:
+                self._hand_on(batch)
+                batch = []
+        self._hand_on(batch)
+
+    def _hand_on(self, batch: Sequence[tuple[str, Tensor]]) -> None:
+        """To vLLM, or to the adapter that is being collected."""
+        if self._adapter is not None:
+            self._parts.update((name, tensor.cpu().contiguous()) for name, tensor in batch)
+        elif batch:
+            rest = [other for name, _ in batch for other in self._extra.pop(name, ())]
+            self._call("ttrl_receive", list(batch))
+            if rest:
+                self._call("ttrl_receive", [(other, self._files.get(other).to(self._dtype)) for other in rest])
+        for name, tensor in batch:
+            self._fingerprint.update(name, tensor)
             self._sent.add(name)
-            if self._adapter is not None:
-                self._parts[name] = held.to("cpu", copy=True).contiguous()
-                continue
-            self._call("ttrl_receive", name, held)
-            for other in self._extra.pop(name, ()):
-                self._call("ttrl_receive", other, self._files.get(other).to(self._dtype))
 
     def transfer(self, method: str, argument: dict[str, Any] | None = None) -> None:
         """A step of vLLM's own weight transfer, driven by the trainer (see `vllm_transfer`); stands where `load` would stand."""

@@ -6,6 +6,7 @@ process of the engine. This module is imported by vLLM only; importing it import
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -96,16 +97,19 @@ class Worker:
         with set_current_vllm_config(self.vllm_config):
             initialize_layerwise_reload(model)
 
-    def ttrl_receive(self, name: str, tensor: Tensor) -> None:
-        """One full tensor under its name in the checkpoint. Raises EngineError when vLLM does not know or skips it."""
+    def ttrl_receive(self, tensors: Sequence[tuple[str, Tensor]]) -> None:
+        """Full tensors under their names in the checkpoint, which vLLM keeps until the layers they belong to are complete.
+
+        Raises EngineError when vLLM does not know one. That it skips one is seen, and raised, when it comes alone.
+        """
+        names = ", ".join(name for name, _ in tensors[:3])
         with set_current_vllm_config(self.vllm_config), disable_mtp_completeness_check():
             try:
-                # vLLM keeps it until the layer is complete, and it is only borrowed
-                loaded = self.model_runner.get_model().load_weights([(name, tensor.clone())])
+                loaded = self.model_runner.get_model().load_weights(tensors)
             except (ValueError, KeyError) as error:
-                raise EngineError(f"weights for {name!r} arrived, but vLLM has no such parameter: {error}") from error
+                raise EngineError(f"weights for {names!r} arrived, but vLLM has no such parameter: {error}") from error
         if loaded is not None and not loaded:
-            raise EngineError(f"weights for {name!r} arrived, but vLLM skipped them")
+            raise EngineError(f"weights for {names!r} arrived, but vLLM skipped them")
 
     def ttrl_end(self, finalize: bool) -> None:
         """Everything came: put the layers back into use. Without `finalize`, vLLM's own weight transfer has done that."""

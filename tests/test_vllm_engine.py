@@ -298,7 +298,7 @@ def test_frozen_weights_are_caught_by_the_canary(engine: Any, folder: Path, monk
     ours.version = 1
     stats = StepStats(metrics={}, tokens=1, grad_norm=1.0, lr=1e-3, updates=1)
     with monkeypatch.context() as patch:
-        patch.setattr(Worker, "ttrl_receive", lambda self, name, tensor: None)
+        patch.setattr(Worker, "ttrl_receive", lambda self, tensors: None)
         with pytest.raises(EngineError, match="does not compute with the trainer's weights"):
             link.sync(stats)
     ours.version = 2

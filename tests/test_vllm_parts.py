@@ -117,7 +117,7 @@ class FakeVLLM:
         self.vllm_config = SimpleNamespace(device_config=SimpleNamespace(device_type="cuda"))
 
     def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[Any]:
-        self.calls.append((method, *args[:1]))
+        self.calls.append((method, *([n for n, _ in args[0]] if method == "ttrl_receive" else args)))
         return [{}]
 
     def sleep(self, level: int) -> None:
@@ -185,3 +185,6 @@ def test_weights_reach_vllm_between_begin_and_end(fake, tiny_model_dir: Path) ->
     before, below.calls = engine.ping().weights, []
     assert load_weights(engine, whole(tiny_model_dir, 1)) == before.fingerprint
     assert below.calls == [("ttrl_begin",), *(("ttrl_receive", name) for name in names), ("ttrl_end", True)]
+    below.calls = []
+    load_weights(engine, whole(tiny_model_dir, 2))
+    assert below.calls == [("ttrl_begin",), ("ttrl_receive", *names), ("ttrl_end", True)]
