@@ -18,7 +18,7 @@ from ttrl.plan.options import Option, Scale
 from ttrl.plan.shape import ModelShape
 
 TIGHT = 0.9
-"""Share of the memory above which a plan says so: predictions were up to 15 % off (docs/plan.md)."""
+"""Share of the memory above which a plan says so: predictions were up to 16 % low (docs/plan.md)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
