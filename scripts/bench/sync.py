@@ -51,9 +51,11 @@ def random_model(folder: Path, shape: dict) -> Path:
 @contextmanager
 def store_peak() -> Iterator[list[int]]:
     """Bytes used in the object store at most, polled every 5 ms."""
+    import ray
     from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 
-    state, found, done = get_state_from_address(), [0], threading.Event()
+    state = get_state_from_address(ray.get_runtime_context().gcs_address)
+    found, done = [0], threading.Event()
 
     def poll() -> None:
         while not done.wait(0.005):
@@ -68,8 +70,8 @@ def store_peak() -> Iterator[list[int]]:
 
 def resident(pid: int) -> int:
     """Private resident bytes now: pages of the object store, which all processes share, are not counted twice."""
-    fields = dict(line.split(":") for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":" in line)
-    return int(fields["RssAnon"].split()[0]) * 1024
+    status = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon:"))
 
 
 @contextmanager
@@ -115,7 +117,7 @@ def measure(path: Path, repeats: int, bucket_mb: int) -> None:
             "rollout.engine.use=vllm", "rollout.engine.with.kv_cache_gib=0.25", "rollout.engine.with.max_model_len=256",
         ],
     )  # fmt: skip
-    nodes = connect(recipe, lambda: None)
+    nodes = connect(recipe.cluster, lambda: None, ranks=0, device="cpu")
     try:
         pool = RayPool(recipe, nodes)
         own = vllm(recipe.model, lambda: None, kv_cache_gib=0.25, max_model_len=256)

@@ -1,7 +1,8 @@
 """What devices can do. Peak figures are the makers' data sheets (dense bfloat16, one direction of a link), not measurements.
 
-Prices are on-demand list prices per GPU and hour of specialised clouds, rounded, as surveyed in May 2026; hyperscalers ask up to
-twice as much and spot markets half. They are here so that two plans can be compared: check yours and pass `--price`.
+Prices are rounded on-demand prices per GPU and hour. Those of A100, H100 and H200 lie in the range of a survey of specialised clouds
+of May 2026; the others are orders of magnitude without a source. They are here so that two plans can be compared: check yours and
+pass `--price`.
 """
 
 from __future__ import annotations
