@@ -27,18 +27,28 @@ class Crew:
         """Replacements that are not ready: index -> reference to their Traits."""
         self.blank: set[int] = set()
         """Replacements that do not have the weights of the last sync."""
-        for index in range(recipe.cluster.workers):
-            self.handles.append(self._launch(index))
-        starts = [self._start(index) for index in range(len(self.handles))]
-        found = nodes.get(
-            starts, seconds=recipe.cluster.start_seconds, what="starting the rollout workers", may_stop=True
-        )
-        self.traits: Traits = found[0]
+        self.traits: Traits
         """of all of them"""
-        if any(other != self.traits for other in found):
+        try:
+            self.traits = self._first_start()
+        except BaseException:
+            self.close()
+            raise
+
+    def _first_start(self) -> Traits:
+        """All at once. A worker that cannot start is not replaced: the next one could not either."""
+        section = self._recipe.cluster
+        for index in range(section.workers):
+            self.handles.append(self._launch(index))
+        starts = [self._start(index) for index in range(section.workers)]
+        found: list[Traits] = self._nodes.get(
+            starts, seconds=section.start_seconds, what="starting the rollout workers", may_stop=True
+        )
+        if any(other != found[0] for other in found):
             raise ClusterError(
                 f"the rollout workers differ: {sorted(map(str, set(found)))}; do all nodes see the same model and versions?"
             )
+        return found[0]
 
     def __len__(self) -> int:
         return len(self.handles)

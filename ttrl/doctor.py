@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 import ttrl
+from ttrl.errors import ConfigError
 
 BASE = ("torch", "transformers", "peft", "numpy", "scipy", "pydantic", "safetensors", "tokenizers")
 OPTIONAL = {
@@ -62,8 +63,22 @@ def examine() -> tuple[list[tuple[str, str]], list[str]]:
             (f"{v} ({other})" for other in ALSO.get(name, ()) if (v := installed(other))), None
         )
         facts.append((name, found or f"not installed ({remedy})"))
-    devices, trouble = _devices()
-    return facts + devices, problems + trouble
+    for found_here, trouble in (_cluster(), _devices()):
+        facts += found_here
+        problems += trouble
+    return facts, problems
+
+
+def _cluster() -> tuple[list[tuple[str, str]], list[str]]:
+    """The cluster that $RAY_ADDRESS names; there is nothing to say without one."""
+    if installed("ray") is None or os.environ.get("RAY_ADDRESS", "") in ("", "auto", "local"):
+        return [], []
+    from ttrl.cluster import survey
+
+    try:
+        return [("ray cluster", survey())], []
+    except ConfigError as error:
+        return [("ray cluster", "not reachable")], [str(error)]
 
 
 def _memory() -> str:

@@ -86,6 +86,17 @@ def connect(
     return cluster
 
 
+def survey() -> str:
+    """What is behind $RAY_ADDRESS, in words. Raises ConfigError when it cannot be reached or joined."""
+    address = _reachable(os.environ["RAY_ADDRESS"], "$RAY_ADDRESS")
+    _attach(address)
+    import ray
+
+    nodes = _nodes()
+    ray.shutdown()
+    return f"{address}: {len(nodes)} nodes, {sum(n.cpus for n in nodes):g} CPUs, {sum(n.gpus for n in nodes):g} GPUs"
+
+
 def find_address(wanted: str) -> str | None:
     """HOST:PORT of the cluster to join, None for one of our own. Raises ConfigError when a named one cannot be reached."""
     if wanted == "local":
