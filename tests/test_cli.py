@@ -154,3 +154,16 @@ def test_eval_refuses_mistakes_before_loading(folder):
     refused(result, "no such folder")
     result = ttrl("eval", "bundled:tiny-adder", "--prompts", "prompts.jsonl", "--k", "99", cwd=folder)
     refused(result, "--samples")
+
+
+def test_a_model_too_large_for_this_machine_is_refused_before_it_is_loaded(folder):
+    big = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672,
+        "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+    }  # fmt: skip
+    (folder / "model").mkdir()
+    (folder / "model" / "config.json").write_text(json.dumps(big))
+    result = ttrl("train", "recipe.yaml", "model.path=model", "model.device=cpu", cwd=folder)
+    refused(result, "does not fit", "GiB of this machine", "the largest part is", "ttrl plan")
+    assert not (folder / "runs").exists()

@@ -21,6 +21,7 @@ from ttrl.evaluate.ledger import ledger, totals
 from ttrl.journal import Journal, Progress
 from ttrl.loop import train
 from ttrl.report import write_report
+from ttrl.room import check_memory
 from ttrl.rundir import LEDGER, METRICS, RECIPE, SUMMARY, RunDir, check_unused
 from ttrl.setup import Checked, Parts, assemble, check_recipe
 from ttrl.sinks import open_sinks
@@ -57,6 +58,7 @@ def run(recipe: Recipe, *, resume: bool, console: Console) -> Outcome:
     if directory is None:
         check_unused(folder)
     checked = check_recipe(recipe)
+    check_memory(recipe)
     stamped = stamp(recipe, checked.records)
     if directory is not None:
         _same_inputs(directory, stamped)
