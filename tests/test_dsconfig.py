@@ -35,7 +35,9 @@ def test_the_configuration_follows_the_recipe() -> None:
     assert not plain["bf16"]["enabled"] and "data_types" not in plain
     half = deepspeed_config(settings(zero=3, offload="all"), "bfloat16", gpu=True)
     host = {"device": "cpu", "pin_memory": True}
-    assert half["zero_optimization"] == {"stage": 3, "offload_optimizer": host, "offload_param": host}
+    assert half["zero_optimization"] == {
+        "stage": 3, "stage3_max_reuse_distance": 0, "offload_optimizer": host, "offload_param": host,
+    }  # fmt: skip
     assert half["bf16"]["enabled"] and half["data_types"] == {"grad_accum_dtype": "fp32"}
     assert half["optimizer"]["params"]["torch_adam"] is False  # DeepSpeed's own kernel for states in host memory
     assert deepspeed_config(settings(zero=3), "bfloat16", gpu=True)["optimizer"]["params"]["torch_adam"] is True
