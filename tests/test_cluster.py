@@ -18,7 +18,7 @@ import psutil
 import pytest
 from helpers_ray import SMALL
 
-from ttrl.cluster.connect import check_cluster, find_address
+from ttrl.cluster.join import check_cluster, find_address
 from ttrl.config.schema import ClusterSection
 from ttrl.errors import ConfigError
 
@@ -65,7 +65,7 @@ def test_a_cluster_that_cannot_be_had_is_a_mistake_of_the_recipe(tmp_path, chang
 
 
 def test_something_else_that_listens_is_not_taken_for_a_cluster(monkeypatch):
-    monkeypatch.setattr("ttrl.cluster.connect.HEAD_SECONDS", 4.0)
+    monkeypatch.setattr("ttrl.cluster.join.HEAD_SECONDS", 4.0)
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
         with pytest.raises(ConfigError, match=r"does not answer as a Ray head within 4 s; start it with"):
@@ -82,7 +82,7 @@ def test_the_environment_names_the_cluster_that_auto_takes(monkeypatch):
 
 
 def test_ray_must_be_installed(monkeypatch):
-    monkeypatch.setattr("ttrl.cluster.connect.find_spec", lambda _: None)
+    monkeypatch.setattr("ttrl.cluster.join.find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=r"pip install 'ttrl\[cluster\]'"):
         check_cluster(ClusterSection(backend="ray"))
     check_cluster(ClusterSection())

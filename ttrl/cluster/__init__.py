@@ -4,6 +4,6 @@ Nothing here imports ray before `connect` is called.
 """
 
 from ttrl.cluster.cluster import Cluster, Lost
-from ttrl.cluster.connect import check_cluster, connect, survey
+from ttrl.cluster.join import check_cluster, connect, survey
 
 __all__ = ["Cluster", "Lost", "check_cluster", "connect", "survey"]

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,14 @@ log = logging.getLogger(__name__)
 PORT_SECONDS, HEAD_SECONDS = 5.0, 20.0
 """How long an address may take to accept a connection, and then to answer as the head of a cluster."""
 
-_PROBE = "import sys; from ray._raylet import GcsClient; GcsClient(address=sys.argv[1])"
+_PROBE = """
+import sys
+from ray._private.services import find_node_ids
+from ray._raylet import GcsClient
+GcsClient(address=sys.argv[1])
+sys.exit(None if find_node_ids() else "no node of a Ray cluster runs on this machine, and Ray needs one here")
+"""
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 def check_cluster(section: ClusterSection) -> None:
@@ -135,13 +142,14 @@ def parse_address(text: str) -> tuple[str, int]:
 
 
 def _reachable(address: str, origin: str) -> str:
-    """The address, once something that speaks as a Ray head answered there."""
+    """The address Ray will use, once something that speaks as a Ray head answered there."""
     remedy = "start it with `ray start --head`, correct the address, or use cluster.address: local"
     host, port = parse_address(address)
-    try:
-        socket.create_connection((host, port), timeout=PORT_SECONDS).close()
-    except OSError as error:
-        raise ConfigError(f"{origin} {address}: no Ray cluster answers there ({error}); {remedy}") from None
+    names = _names(host)
+    refused = [_refusal(name, port) for name in names]
+    if all(refused):
+        raise ConfigError(f"{origin} {address}: no Ray cluster answers there ({refused[-1]}); {remedy}")
+    address = f"{names[refused.index('')]}:{port}"
     # In a process of its own: a wrong partner makes Ray's client block for minutes or end the whole process
     try:
         probe = subprocess.run(
@@ -159,11 +167,29 @@ def _reachable(address: str, origin: str) -> str:
     return address
 
 
+def _names(host: str) -> list[str]:
+    """Where a head may listen. Ray gives a machine's network address to what is called 127.0.0.1, unless told otherwise."""
+    if host not in LOOPBACK:
+        return [f"[{host}]" if ":" in host else host]
+    import ray
+
+    return [str(ray.util.get_node_ip_address()), "127.0.0.1"]  # type: ignore[no-untyped-call]
+
+
+def _refusal(host: str, port: int) -> str:
+    """Why nothing can be reached there; empty when something can."""
+    try:
+        socket.create_connection((host.strip("[]"), port), timeout=PORT_SECONDS).close()
+    except OSError as error:
+        return str(error)
+    return ""
+
+
 def _attach(address: str) -> None:
     import ray
 
     try:
-        with _quietly():
+        with _quietly(), _on_loopback() if parse_address(address)[0] == "127.0.0.1" else nullcontext():
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:  # another version of Ray or Python, no node here, ...
         first = str(error).strip().split("\n")[0]
@@ -175,15 +201,12 @@ def _attach(address: str) -> None:
 
 def _start(placement: Placement, gpus: int, *, dashboard: bool) -> Path:
     """A cluster on this machine that listens on the loopback interface only; returns its temporary folder."""
-    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # Ray's switch for 127.0.0.1 instead of the network address
     import ray
-    from ray._private import ray_constants
 
     # Unix sockets have paths of at most 107 characters, so $TMPDIR may be too long
     folder = Path(tempfile.mkdtemp(prefix="ttrl-", dir="/tmp" if os.access("/tmp", os.W_OK) else None))
-    before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
     try:
-        with _quietly():
+        with _quietly(), _on_loopback():
             ray.init(
                 address="local", num_cpus=max(os.cpu_count() or 1, math.ceil(placement.cpus)), num_gpus=gpus,
                 include_dashboard=dashboard, dashboard_host="127.0.0.1", _node_ip_address="127.0.0.1", _temp_dir=str(folder),
@@ -191,9 +214,6 @@ def _start(placement: Placement, gpus: int, *, dashboard: bool) -> Path:
             )  # fmt: skip
     except (ConnectionError, RuntimeError, TimeoutError) as error:
         raise ClusterError(f"Ray could not start on this machine: {error}; its logs are in {folder}") from error
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
-        del os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"]
     return folder
 
 
@@ -209,6 +229,24 @@ def _gpus_here() -> int:
     import torch
 
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Ray uses 127.0.0.1 where it would take the network address: its switch for systems whose firewalls would ask the user."""
+    from ray._private import ray_constants
+
+    before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    told = os.environ.get(ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR)
+    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"  # for the processes it starts
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+        if told is None:
+            del os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR]
+        else:
+            os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = told
 
 
 @contextmanager
