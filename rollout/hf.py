@@ -148,7 +148,7 @@ class HFEngine:
         assert adapter is None
         self._intake = Intake(version, manifest)
 
-    def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    def load(self, tensors: Iterable[tuple[str, Tensor]], *, lasting: bool = False) -> None:
         """Copy in place. Raises EngineError for unknown names or shapes."""
         assert self._intake is not None
         load_into(self._parameters(), self._intake.take(iter(tensors)), self._fingerprint)

@@ -80,7 +80,7 @@ class ScriptedEngine:
         """A script does not learn; only the version moves."""
         self._stamp = WeightStamp(version=version, fingerprint="scripted")
 
-    def load(self, tensors: Iterable[tuple[str, Any]]) -> None:
+    def load(self, tensors: Iterable[tuple[str, Any]], *, lasting: bool = False) -> None:
         """Looked at by nobody, but taken, as a sender expects."""
         for _ in tensors:
             pass

@@ -194,13 +194,13 @@ class VLLMEngine:
         if adapter is None and self._options.transfer is None:
             self._call("ttrl_begin")
 
-    def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    def load(self, tensors: Iterable[tuple[str, Tensor]], *, lasting: bool = False) -> None:
         """Hand on. Raises EngineError for what was not announced and for what vLLM does not take."""
         assert self._intake is not None
         batch: list[tuple[str, Tensor]] = []
         for name, tensor in self._intake.take(iter(tensors)):
             held = tensor.detach().to(self._dtype)
-            if held.data_ptr() == tensor.data_ptr():  # it is only borrowed, and vLLM keeps it until a layer is complete
+            if not lasting and held.data_ptr() == tensor.data_ptr():  # vLLM keeps it until a layer is complete
                 held = held.clone()
             batch.append((name, held))
             # Alone at first, for only then is it seen when vLLM skips it; a call costs milliseconds, so later in batches

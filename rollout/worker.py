@@ -52,7 +52,7 @@ class Worker:
 
     def load(self, bucket: Bucket) -> None:
         """Some of them; the bucket lies in the object store and is only read."""
-        self._engine.load(bucket.tensors())
+        self._engine.load(bucket.tensors(), lasting=True)  # the store frees a bucket when the last view of it is gone
 
     def join(self, address: tuple[str, int], rank: int, size: int, seconds: float) -> bool:
         """Become part of a broadcast group (`gloo.py`); False when it did not come about."""

@@ -68,7 +68,7 @@ class Moody(HFEngine):
         self._call("generate")
         return super().generate(requests)
 
-    def load(self, tensors):
+    def load(self, tensors, *, lasting=False):
         self._call("load")
         if self._mood == "frozen":
             for _ in self._intake.take(iter(tensors)):

@@ -367,7 +367,7 @@ class Stub:
     def begin_load(self, version: int, manifest: object, adapter: object = None) -> None:
         pass
 
-    def load(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
+    def load(self, tensors: Iterator[tuple[str, torch.Tensor]], *, lasting: bool = False) -> None:
         pass
 
     def end_load(self) -> str:

@@ -161,8 +161,9 @@ class Engine(Protocol):
         """New weights follow. Until `end_load` nothing can be generated."""
         ...
 
-    def load(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Some of the tensors, which are only borrowed. Raises EngineError on unknown names and wrong shapes."""
+    def load(self, tensors: Iterable[tuple[str, torch.Tensor]], *, lasting: bool = False) -> None:
+        """Some of the tensors. They are only borrowed until the next one is asked for, unless they are `lasting`: then nobody
+        changes them as long as somebody holds them. Raises EngineError on unknown names and wrong shapes."""
         ...
 
     def end_load(self) -> str:
