@@ -20,68 +20,75 @@ from ttrl.errors import EngineError
 from ttrl.rollout.hf import HFEngine
 
 
-def moody(model, check_stop, *, mood="slow", when="generate", once=None, skip=0):
-    """The engine of transformers that, at its `skip`-th call of `when`, does what `mood` says.
-
-    once: a file that is created by the first worker that does it, so that no other one does.
+def moody(model, check_stop, *, orders, slow=False):
+    """The engine of transformers that obeys a file: "MOOD METHOD [SKIP]" is carried out at the SKIP-th call of that method from
+    now, by the worker that comes first. slow: every generation takes a random time of its own, so that their order varies.
     """
-    if when == "start" and _first(once):
-        _act(mood)
-    return Moody(model, check_stop, mood, when, once, skip)
+    moods = Moods(Path(orders), slow)
+    moods.look("start")
+    return Moody(model, check_stop, moods)
 
 
-def _first(once):
-    if once is None:
-        return True
-    try:
-        Path(once).touch(exist_ok=False)
-    except FileExistsError:
-        return False
-    return True
+class Moods:
+    def __init__(self, orders, slow):
+        self._orders, self._slow, self._calls = orders, slow, 0
 
-
-def _act(mood):
-    print("last words of this worker", flush=True)
-    if mood == "die":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if mood == "hang":
-        time.sleep(600)
-    if mood == "raise":
-        raise EngineError("this engine is broken")
-    if mood == "slow":
-        time.sleep(random.random() / 4)  # of the process: another order of completion in every run
+    def look(self, method):
+        if self._slow and method == "generate":
+            time.sleep(random.random() / 4)  # of this process: another one in every run
+        try:
+            mood, when, *skip = self._orders.read_text().split()
+        except FileNotFoundError:
+            return None
+        if when != method:
+            return None
+        self._calls += 1
+        if self._calls <= int(*skip or [0]):
+            return None
+        self._calls = 0
+        try:
+            os.rename(self._orders, str(self._orders) + ".done")
+        except FileNotFoundError:
+            return None  # another worker was first
+        print("last words of this worker", flush=True)
+        if mood == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if mood == "hang":
+            time.sleep(600)
+        if mood == "nap":
+            time.sleep(5)
+        if mood == "raise":
+            raise EngineError("this engine is broken")
+        return mood
 
 
 class Moody(HFEngine):
-    def __init__(self, model, check_stop, mood, when, once, skip):
+    def __init__(self, model, check_stop, moods):
         super().__init__(model, check_stop, rows_at_once=128, shared_prefix=True)
-        self._mood, self._when, self._once, self._skip = mood, when, once, skip
-
-    def _call(self, what):
-        if what == self._when:
-            if self._skip > 0:
-                self._skip -= 1
-            elif _first(self._once):
-                _act(self._mood)
+        self._moods, self._frozen = moods, False
 
     def generate(self, requests):
-        self._call("generate")
+        self._moods.look("generate")
         return super().generate(requests)
 
+    def begin_load(self, version, manifest, adapter=None):
+        self._frozen = self._moods.look("begin") == "freeze"
+        super().begin_load(version, manifest, adapter)
+
     def load(self, tensors, *, lasting=False):
-        self._call("load")
-        if self._mood == "frozen":
-            for _ in self._intake.take(iter(tensors)):
-                pass
+        self._moods.look("load")
+        if not self._frozen:
+            super().load(tensors)
             return
-        super().load(tensors)
+        for _ in self._intake.take(iter(tensors)):
+            pass
 
     def score(self, token_ids):
-        self._call("score")
+        self._moods.look("score")
         return super().score(token_ids)
 
     def release(self):
-        self._call("release")
+        self._moods.look("release")
 '''
 
 SMALL = [
@@ -98,15 +105,20 @@ def moody_file(folder: Path) -> Path:
     return file
 
 
-def recipe(folder: Path, *changes: str, workers: int = 0, engine: dict[str, Any] | None = None) -> Recipe:
-    """The quickstart, small; on `workers` Ray workers unless that is 0. `engine`: options of the moody engine."""
+def recipe(folder: Path, *changes: str, workers: int = 0, orders: str = "", slow: bool = False) -> Recipe:
+    """The quickstart, small; on `workers` Ray workers with moody engines unless that is 0. `orders`: what they are to do."""
     found = [*SMALL, f"output={json.dumps(str(folder / 'run'))}"]
     if workers:
-        found += [*ON_RAY, f"cluster.workers={workers}"]
-    if engine is not None:
-        plug = {"use": f"{moody_file(folder)}:moody", "with": engine}
-        found.append(f"rollout.engine={json.dumps(plug)}")
+        if orders:
+            (folder / "orders").write_text(orders)
+        plug = {"use": f"{moody_file(folder)}:moody", "with": {"orders": str(folder / "orders"), "slow": slow}}
+        found += [*ON_RAY, f"cluster.workers={workers}", f"rollout.engine={json.dumps(plug)}"]
     return load_recipe("quickstart", [*found, *changes])
+
+
+def obeyed(folder: Path) -> bool:
+    """The orders were carried out."""
+    return (folder / "orders.done").exists()
 
 
 def train(of: Recipe, *, resume: bool = False) -> Path:

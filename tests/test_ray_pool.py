@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 import torch
-from helpers_ray import recipe, replaced, results, train
+from helpers_ray import obeyed, recipe, replaced, results, train
 
 from ttrl.cluster import Cluster, connect
 from ttrl.config import Recipe
-from ttrl.config.schema import ClusterSection
+from ttrl.config.schema import ClusterSection, Plug
 from ttrl.errors import ClusterError, EngineError, StopRequested
-from ttrl.model.buckets import KeptWeights, pack_buckets
+from ttrl.model.buckets import Bucket, KeptWeights, pack_buckets
 from ttrl.model.load import load_model
 from ttrl.model.weights import NamedTensors
 from ttrl.prompts import tokenize
-from ttrl.protocols import WeightSource
 from ttrl.registry import build
+from ttrl.rollout.delivery import ObjectStore
 from ttrl.rollout.flat import FlatSampler
+from ttrl.rollout.gloo import Gloo
 from ttrl.rollout.pool import LocalPool
 from ttrl.rollout.ray_pool import RayPool
 from ttrl.setup import check_recipe
@@ -51,20 +54,6 @@ def on_cluster(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "close", lambda: None)
 
 
-@pytest.fixture
-def pool_of(cluster: Cluster) -> Iterator[Callable[[Recipe], RayPool]]:
-    pools = []
-
-    def make(of: Recipe) -> RayPool:
-        cluster.section = of.cluster
-        pools.append(RayPool(of, cluster))
-        return pools[-1]
-
-    yield make
-    for pool in pools:
-        pool.close()
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, ...]:
     """The run in one process that all others must equal."""
@@ -72,7 +61,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, ...]:
 
 
 def local(of: Recipe) -> LocalPool:
-    return LocalPool(build("engine", of.rollout.engine.model_validate("hf"), of.model, lambda: None))
+    return LocalPool(build("engine", Plug(use="hf"), of.model, lambda: None))
 
 
 def requests(of: Recipe, pool: Any, votes: int = 4) -> list[Request]:
@@ -89,9 +78,9 @@ def requests(of: Recipe, pool: Any, votes: int = 4) -> list[Request]:
     return found
 
 
-def moved(of: Recipe, version: int = 1) -> KeptWeights:
-    """Other weights than those of the model file: a bit more of everything."""
-    named = {name: p.detach() * 1.01 for name, p in load_model(of.model).named_parameters()}
+def moved(of: Recipe, version: int) -> KeptWeights:
+    """Weights of their own for every version, close to those of the model file."""
+    named = {name: p.detach() * (1 + version / 1000) for name, p in load_model(of.model).named_parameters()}
     manifest = {name: tuple(tensor.shape) for name, tensor in named.items()}
     source = NamedTensors(version, manifest, lambda: iter(named.items()))
     return KeptWeights.of(source, tuple(pack_buckets(iter(source), 1 << 20)))
@@ -105,18 +94,17 @@ def same(first: list[Any], second: list[Any]) -> bool:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("workers", [1, 2, 4])
+@pytest.mark.parametrize("workers", [1, 4])
 def test_any_number_of_workers_in_any_order_trains_the_same_weights(on_cluster, whole, tmp_path, workers):
-    folder = train(recipe(tmp_path, workers=workers, engine={"mood": "slow"}))
+    folder = train(recipe(tmp_path, workers=workers, slow=True))
     assert results(folder) == whole
     assert sum(replaced(folder)) == 0
 
 
 def test_a_worker_killed_in_the_middle_of_a_step_changes_nothing(on_cluster, whole, tmp_path, caplog):
-    # Skipped calls: the evaluation before training has three contexts, so that the kill is in a step, after a sync or before it
-    engine = {"mood": "die", "once": str(tmp_path / "died"), "skip": 3}
-    folder = train(recipe(tmp_path, workers=2, engine=engine))
-    assert (tmp_path / "died").exists()
+    # The evaluation before training has three contexts and a step has four, so one of two workers is at its fifth after a sync
+    folder = train(recipe(tmp_path, workers=2, orders="die generate 4", slow=True))
+    assert obeyed(tmp_path)
     assert results(folder) == whole
     assert sum(replaced(folder)) == 1
     assert "rollout worker" in caplog.text and "2 replacements left" in caplog.text
@@ -128,120 +116,158 @@ def test_sampling_ahead_is_the_same_as_in_one_process_also_when_a_worker_dies(on
         (tmp_path / name).mkdir()
     ahead = ("rollout.ahead=1", "steps=3", "objective.with={loss: tis}")
     here = train(recipe(tmp_path / "here", *ahead))
-    engine = {"mood": "die", "once": str(tmp_path / "died"), "skip": 4}
-    there = train(recipe(tmp_path / "there", *ahead, "cluster.placement=split", workers=2, engine=engine))
-    assert (tmp_path / "died").exists()
+    there = train(
+        recipe(tmp_path / "there", *ahead, "cluster.placement=split", workers=2, orders="die generate 4", slow=True)
+    )
+    assert obeyed(tmp_path / "there")
     assert results(there) == results(here)
 
 
-def test_a_hung_worker_is_replaced_at_its_deadline(pool_of, tmp_path):
-    engine = {"mood": "hang", "once": str(tmp_path / "hung")}
-    of = recipe(tmp_path, "cluster.call_seconds=15", workers=2, engine=engine)
-    pool, twin = pool_of(of), local(of)
-    asked = requests(of, pool)
-    assert same(pool.generate(asked), twin.generate(asked))
-    assert pool.events() == {"cluster/replaced": 1.0}
-    assert pool.events() == {"cluster/replaced": 0.0}
-
-
-def test_a_used_up_budget_ends_in_an_error_with_the_last_words(pool_of, tmp_path):
-    of = recipe(tmp_path, "cluster.replacements=1", workers=1, engine={"mood": "die"})
-    pool = pool_of(of)
-    with pytest.raises(
-        ClusterError, match=r"rollout worker 0 died(.|\n)*last words of this worker\nand all 1 replacements"
-    ):
-        pool.generate(requests(of, pool))
-
-
-@pytest.mark.parametrize("when", ["start", "generate"])
-def test_what_an_engine_raises_is_raised_here(pool_of, tmp_path, when):
-    of = recipe(tmp_path, workers=1, engine={"mood": "raise", "when": when})
-
-    def use() -> None:
-        pool = pool_of(of)
-        pool.generate(requests(of, pool))
-
+def test_an_engine_that_cannot_start_says_why(cluster, tmp_path):
+    of = recipe(tmp_path, workers=1, orders="raise start")
+    cluster.section = of.cluster
     with pytest.raises(EngineError, match="this engine is broken") as caught:
-        use()
+        RayPool(of, cluster)
     assert str(caught.value) == "this engine is broken"
-    assert "in rollout worker 0:" in caught.value.__notes__[0]
-    assert "moody.py" in caught.value.__notes__[0]
+    assert "in rollout worker 0:" in caught.value.__notes__[0] and "moody.py" in caught.value.__notes__[0]
 
 
-@pytest.mark.parametrize("transport", ["object_store", "gloo"])
-def test_a_worker_that_dies_over_a_sync_is_replaced_and_gets_all_of_it(pool_of, tmp_path, transport):
-    engine = {"mood": "die", "when": "load", "once": str(tmp_path / "died"), "skip": 1}
-    of = recipe(tmp_path, f"cluster.transport={transport}", "cluster.call_seconds=60", workers=2, engine=engine)
-    pool, twin, source = pool_of(of), local(of), moved(of)
-    assert len(source.buckets) > 2
-    twin.sync(source, must_move=True)
-    pool.sync(source, must_move=True)
-    assert (tmp_path / "died").exists()
-    asked = requests(of, pool, votes=2)
-    assert same(pool.generate(asked), twin.generate(asked))
-    text = np.arange(3, 20, dtype=np.int32)
-    scores = pool.score(text)
-    assert len(scores) == 2 and all(np.array_equal(s, twin.score(text)[0]) for s in scores)
-    pool.sync(moved(of, version=2), must_move=False)  # the group of the transport is whole again
+class Pair:
+    """A pool of two workers, and one engine here that is given the same."""
+
+    def __init__(self, folder: Path, cluster: Cluster) -> None:
+        self.folder = folder
+        self.recipe = recipe(folder, "cluster.call_seconds=20", "cluster.replacements=20", workers=2)
+        cluster.section = self.recipe.cluster
+        self.pool, self.twin = RayPool(self.recipe, cluster), local(self.recipe)
+        self.requests = requests(self.recipe, self.pool)
+        self.version = 0
+
+    def order(self, what: str) -> None:
+        (self.folder / "orders.done").unlink(missing_ok=True)
+        (self.folder / "orders").write_text(what)
+
+    def source(self) -> KeptWeights:
+        """Weights that neither had before."""
+        self.version += 1
+        return moved(self.recipe, self.version)
+
+    def sync(self) -> None:
+        source = self.source()
+        self.pool.sync(source, must_move=True)
+        self.twin.sync(source, must_move=True)
+
+    def agree(self) -> bool:
+        """On every token, log-prob and stamp, and on what both workers hold."""
+        text = np.arange(3, 20, dtype=np.int32)
+        scores = self.pool.score(text)
+        return same(self.pool.generate(self.requests), self.twin.generate(self.requests)) and all(
+            np.array_equal(found, self.twin.score(text)[0]) for found in scores
+        )
 
 
-@pytest.mark.parametrize("when", ["score", "release"])
-def test_a_worker_that_dies_over_another_call_is_replaced_with_the_weights_of_the_last_sync(pool_of, tmp_path, when):
-    engine = {"mood": "die", "when": when, "once": str(tmp_path / "died")}
-    of = recipe(tmp_path, workers=2, engine=engine)
-    pool, twin, source = pool_of(of), local(of), moved(of)
-    twin.sync(source, must_move=True)
-    pool.sync(source, must_move=True)
-    with pool.released():
+@pytest.fixture(scope="module")
+def running(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    pair = Pair(tmp_path_factory.mktemp("pair"), cluster)
+    yield pair
+    pair.pool.close()
+
+
+@pytest.fixture
+def pair(running: Pair, cluster: Cluster) -> Pair:
+    """In step, and with nothing to report."""
+    cluster.section = running.recipe.cluster
+    running.sync()
+    running.pool.events()
+    return running
+
+
+@pytest.mark.parametrize("order", ["die generate 1", "hang generate", "die score", "die release"])
+def test_a_lost_worker_is_replaced_with_the_weights_of_the_last_sync(pair, order):
+    pair.order(order)
+    with pair.pool.released():
         pass
-    text = np.arange(3, 20, dtype=np.int32)
-    assert all(np.array_equal(scores, twin.score(text)[0]) for scores in pool.score(text))
-    assert (tmp_path / "died").exists()
-    assert pool.events() == {"cluster/replaced": 1.0}
+    assert pair.agree()
+    assert obeyed(pair.folder)
+    assert pair.pool.events() == {"cluster/replaced": 1.0}
+    assert pair.pool.events() == {"cluster/replaced": 0.0}
 
 
-def test_a_withheld_tensor_and_frozen_weights_are_noticed(pool_of, tmp_path):
-    (tmp_path / "frozen").mkdir()
-    of = recipe(tmp_path, workers=1)
-    source = moved(of)
-    last = source.buckets[-1]
-    short = KeptWeights(1, source.manifest, None, (*source.buckets[:-1], type(last)(last.entries[:-1], last.data)))
-    pool = pool_of(of)
-    with pytest.raises(EngineError, match=f"1 of {len(source.manifest)} tensors did not arrive"):
-        pool.sync(short, must_move=True)
-    with pytest.raises(EngineError, match="half of a new set of weights"):
-        pool.generate(requests(of, pool))
-    pool.close()  # its seat is needed
-    frozen = pool_of(recipe(tmp_path / "frozen", workers=1, engine={"mood": "frozen"}))
-    with pytest.raises(EngineError, match="identical to the one before"):
-        frozen.sync(source, must_move=True)
+@pytest.mark.parametrize("transport", [ObjectStore, Gloo])
+def test_a_worker_that_dies_over_a_sync_is_replaced_and_gets_all_of_it(pair, cluster, monkeypatch, transport):
+    monkeypatch.setattr(pair.pool, "_delivery", transport(cluster, 1 << 20))
+    pair.sync()
+    pair.order("die load 1")
+    pair.sync()
+    assert obeyed(pair.folder)
+    assert pair.agree()
+    assert pair.pool.events() == {"cluster/replaced": 1.0}
+    pair.sync()
+    assert pair.agree()
 
 
-def test_kept_weights_outlive_the_trainer_moving_on(pool_of, tmp_path):
-    of = recipe(tmp_path, workers=1)
-    pool, twin = pool_of(of), local(of)
-    named = {name: p.detach() * 1.01 for name, p in load_model(of.model).named_parameters()}
-    live = NamedTensors(1, {n: tuple(t.shape) for n, t in named.items()}, lambda: iter(named.items()))
-    kept: WeightSource = pool.keep(live)
-    for tensor in named.values():
-        tensor.zero_()
-    assert all(torch.equal(tensor, expected) for (_, tensor), (_, expected) in zip(kept, moved(of), strict=True))
-    pool.sync(kept, must_move=True)
-    twin.sync(moved(of), must_move=True)
-    asked = requests(of, pool, votes=2)
-    assert same(pool.generate(asked), twin.generate(asked))
+def test_a_used_up_budget_ends_in_an_error_with_the_last_words(pair, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(pair.pool._crew, "_left", 0)
+        pair.order("die generate")
+        with pytest.raises(
+            ClusterError, match=r"rollout worker \d died(.|\n)*last words of this worker\nand all 20 repl"
+        ):
+            pair.pool.generate(pair.requests)
+    assert pair.agree()  # the next call finds the dead one
 
 
-def test_the_wish_to_stop_is_honoured_while_workers_are_busy(pool_of, cluster, tmp_path, monkeypatch):
-    of = recipe(tmp_path, workers=1, engine={"mood": "hang"})
-    pool = pool_of(of)
+def test_what_an_engine_raises_is_raised_here(pair):
+    pair.order("raise generate")
+    with pytest.raises(EngineError, match="this engine is broken"):
+        pair.pool.generate(pair.requests)
 
+
+def test_the_wish_to_stop_is_honoured_while_workers_are_busy(pair, cluster, monkeypatch):
     def stop() -> None:
         raise StopRequested("stopped by SIGINT")
 
-    monkeypatch.setattr(cluster, "_check_stop", stop)
-    with pytest.raises(StopRequested):
-        pool.generate(requests(of, pool))
+    pair.order("nap generate")
+    with monkeypatch.context() as patch:
+        patch.setattr(cluster, "_check_stop", stop)
+        with pytest.raises(StopRequested):
+            pair.pool.generate(pair.requests)
+
+
+def test_a_withheld_tensor_is_noticed_and_nothing_is_sampled_from_the_rest(pair):
+    source = pair.source()
+    last = source.buckets[-1]
+    short = replace(source, buckets=(*source.buckets[:-1], Bucket(last.entries[:-1], last.data)))
+    with pytest.raises(EngineError, match=f"1 of {len(source.manifest)} tensors did not arrive"):
+        pair.pool.sync(short, must_move=True)
+    with pytest.raises(EngineError, match="half of a new set of weights"):
+        pair.pool.generate(pair.requests)
+
+
+def test_weights_that_do_not_move_are_noticed(pair):
+    pair.order("freeze begin")
+    with pytest.raises(EngineError, match="the engines hold different weights"):
+        pair.pool.sync(pair.source(), must_move=True)
+    pair.sync()
+    named = dict(moved(pair.recipe, pair.version))
+    same_again = NamedTensors(
+        pair.version + 1, {n: tuple(t.shape) for n, t in named.items()}, lambda: iter(named.items())
+    )
+    with pytest.raises(EngineError, match="identical to the one before"):
+        pair.pool.sync(same_again, must_move=True)
+
+
+def test_kept_weights_outlive_the_trainer_moving_on(pair):
+    wanted = pair.source()
+    named = {name: tensor.clone() for name, tensor in wanted}
+    live = NamedTensors(pair.version, wanted.manifest, lambda: iter(named.items()))
+    kept = pair.pool.keep(live)
+    for tensor in named.values():
+        tensor.zero_()
+    assert all(torch.equal(tensor, expected) for (_, tensor), (_, expected) in zip(kept, wanted, strict=True))
+    pair.pool.sync(kept, must_move=True)
+    pair.twin.sync(wanted, must_move=True)
+    assert pair.agree()
 
 
 def test_a_cluster_of_our_own_is_out_of_reach_for_other_machines(cluster):
