@@ -63,6 +63,7 @@ def connect(
         raise ConfigError(f"model.device: {device} cannot be chosen with cluster.backend: ray; use auto, cuda or cpu")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # of several workers that raise, one is heard
     address = find_address(section.address)
 
     def placed(gpus: float) -> Placement:
