@@ -58,6 +58,8 @@ class Cluster:
         self._groups: list[Any] = []
         self._actors: dict[str, _Actor] = {}
         self._closed = False
+        self._gone = False
+        """Nobody listens at the head node any more, so there is nobody to say good-bye to."""
 
     @property
     def is_private(self) -> bool:
@@ -230,6 +232,7 @@ class Cluster:
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=CLOSE_SECONDS / 2).close()
         except OSError as error:
+            self._gone = True
             raise ClusterError(
                 f"the head node of the cluster at {address} is gone ({error}); resume on another one"
             ) from None
@@ -253,6 +256,8 @@ class Cluster:
         if self._closed:
             return
         self._closed = True
+        if self._gone:
+            return
         worker = threading.Thread(target=self._release, name="ttrl-cluster-close", daemon=True)
         worker.start()
         worker.join(CLOSE_SECONDS)
