@@ -80,7 +80,7 @@ def truncated(probs: Tensor, spec: SamplingSpec) -> Tensor:
 
 def text_logprobs(model: PreTrainedModel, token_ids: IntArray) -> FloatArray:
     """[T] -> [T - 1] log-probs at temperature 1 of every token but the first given those before it."""
-    ids = torch.as_tensor(token_ids, dtype=torch.long, device=model.device)
+    ids = torch.tensor(token_ids, dtype=torch.long, device=model.device)  # a copy: what Ray hands over is read-only
     logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
     found = torch.log_softmax(logits, dim=-1).gather(1, ids[1:, None])[:, 0]
     return np.asarray(found.cpu().numpy(), np.float32)
