@@ -22,6 +22,13 @@ class AnswerReader:
         except TypeError as error:
             raise ValueError(f"extractor {kind!r}: {error}") from None
 
+    @property
+    def description(self) -> str:
+        """Two readers of one description read alike: the kind, its options, and whether cut text may answer."""
+        options = [f"{name}={value!r}" for name, value in sorted(self.options.items())]
+        options += ["truncated_votes"] if self._truncated_votes else []
+        return self.kind + (f"({', '.join(options)})" if options else "")
+
     def read(self, rollouts: Sequence[Rollout]) -> tuple[str | None, ...]:
         """[V] the answer of each rollout, or None."""
         texts = [r.text if r.finish.is_complete() or self._truncated_votes else "" for r in rollouts]

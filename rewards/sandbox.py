@@ -23,6 +23,9 @@ Task = tuple[str, ...]
 """("math", latex) or ("regex", pattern, group, text); see sandbox_worker.py."""
 
 _WORKER = Path(__file__).with_name("sandbox_worker.py")
+_INHERITED = (
+    "PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "LANG", "LC_ALL", "LC_CTYPE", "TMPDIR", "TZ", "SYSTEMROOT",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,7 +135,9 @@ class _Server:
     """One subprocess and the bytes read from it so far."""
 
     def __init__(self) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8", "CUDA_VISIBLE_DEVICES": ""}
+        # It works on text of strangers: no token or key of the user's environment is within its reach
+        environment = {name: os.environ[name] for name in _INHERITED if name in os.environ}
+        environment |= {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8", "CUDA_VISIBLE_DEVICES": ""}
         # -P: neither our folder nor the caller's may shadow a module the server imports
         self.process = subprocess.Popen(
             [sys.executable, "-P", str(_WORKER)],

@@ -11,7 +11,7 @@ from typing import Any
 from ttrl.config.schema import Plug
 from ttrl.config.source import parse_override
 from ttrl.errors import ConfigError
-from ttrl.kit import Finding, examine
+from ttrl.kit import Finding, Watch, examine
 from ttrl.registry import build, check, resolve
 
 REWARD = '''\
@@ -85,13 +85,15 @@ def is_reward(target: str) -> bool:
 def check_reward(target: str, options: Sequence[str]) -> list[Finding]:
     """Run the contract kit. `options` are `key=value`. Raises ConfigError when there is no such reward or option."""
     use = target.removeprefix("reward:")
-    if use.endswith(".py"):
-        use = f"{use}:{only_reward(Path(use))}"
-    given = {key: value for option in options for key, value in parse_override(option).data.items()}
-    plug = Plug.model_validate({"use": use, "with": given})
-    check("reward", plug)
-    build("reward", plug)
-    return examine(lambda: build("reward", plug))
+    with Watch("while it was imported and built") as seen:
+        if use.endswith(".py"):
+            use = f"{use}:{only_reward(Path(use))}"
+        given = {key: value for option in options for key, value in parse_override(option).data.items()}
+        plug = Plug.model_validate({"use": use, "with": given})
+        check("reward", plug)
+        build("reward", plug)
+    imported = Finding(check="imported without labels", problem=next(iter(seen.problems), None))
+    return [imported, *examine(lambda: build("reward", plug))]
 
 
 def only_reward(path: Path) -> str:

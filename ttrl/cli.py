@@ -1,4 +1,5 @@
-"""The command line. Exit status: 0 done, 1 failed, 2 the recipe or the call is wrong, 3 stopped by a guard, 130 stopped by Ctrl-C."""
+"""The command line. Exit status: 0 done, 1 failed, 2 the recipe or the call is wrong, 3 stopped by a guard,
+128 + N stopped by signal N with a checkpoint (130 Ctrl-C, 143 SIGTERM, 138 SIGUSR1)."""
 
 from __future__ import annotations
 
@@ -11,9 +12,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ttrl.errors import ConfigError, TtrlError
+from ttrl.errors import ConfigError, StopRequested, TtrlError
+from ttrl.failures import remedy
 
-EXIT_FAILED, EXIT_USAGE, EXIT_GUARD, EXIT_INTERRUPTED = 1, 2, 3, 130
+EXIT_FAILED, EXIT_USAGE, EXIT_GUARD, EXIT_SIGNAL = 1, 2, 3, 128
 
 app = typer.Typer(
     help="Test-time reinforcement learning: improve a language model on unlabelled prompts with rewards it makes itself.",
@@ -48,9 +50,11 @@ def train(
     outcome = run(loaded, resume=resume, console=console)
     folder = Path(loaded.output)
     console.print(f"{outcome.status}{': ' + outcome.reason if outcome.reason else ''}", highlight=False, markup=False)
+    if outcome.line:
+        console.print(outcome.line, highlight=False, markup=False)
     console.print(f"report: {folder / 'report.html'}", highlight=False, markup=False)
     if outcome.status == STOPPED:
-        raise typer.Exit(EXIT_GUARD if outcome.guard else EXIT_INTERRUPTED)
+        raise typer.Exit(EXIT_GUARD if outcome.guard else EXIT_SIGNAL + outcome.signal)
 
 
 @app.command("eval")
@@ -126,10 +130,12 @@ def check(
     from ttrl.config import load_recipe
 
     loaded = load_recipe(target, overrides or [])
+    from ttrl.evaluate.seal import label_files, sealed
     from ttrl.lint import lint_recipe
     from ttrl.setup import check_recipe
 
-    checked = check_recipe(loaded)
+    with sealed(label_files(loaded)):
+        checked = check_recipe(loaded)
     for warning in lint_recipe(loaded, checked.reward):
         typer.echo(f"warning ({warning.code}): {warning.message}", err=True)
     typer.echo(
@@ -175,6 +181,26 @@ def report(run: Annotated[Path, typer.Argument(help="run folder")]) -> None:
     from ttrl.rundir import RunDir
 
     typer.echo(write_report(RunDir.existing(run)))
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="two or more run folders; differences are against the first")],
+    markdown: Annotated[Path | None, typer.Option(help="also write the tables to this file")] = None,
+) -> None:
+    """Compare runs measured under one protocol, with intervals and paired differences; refuses others with exit status 2."""
+    from ttrl.compare import compare_runs, to_markdown, to_tables
+
+    if markdown is not None and not markdown.parent.is_dir():
+        raise ConfigError(f"--markdown {markdown}: there is no folder {markdown.parent}")
+    found = compare_runs(runs)
+    console = Console(soft_wrap=True)
+    for table in to_tables(found):
+        console.print(table)
+    for note in found.notes:
+        console.print(note, highlight=False, markup=False)
+    if markdown is not None:
+        markdown.write_text(to_markdown(found), encoding="utf-8")
 
 
 @app.command()
@@ -263,12 +289,20 @@ def main() -> None:
         app()
     except ConfigError as error:
         sys.exit(_complain(error, EXIT_USAGE))
+    except StopRequested as error:  # before there was anything to keep
+        sys.exit(_complain(error, EXIT_SIGNAL + error.signal))
     except TtrlError as error:
+        sys.exit(_complain(error, EXIT_FAILED))
+    except (OSError, MemoryError, RuntimeError, FloatingPointError) as error:
+        if remedy(error) is None:
+            raise
         sys.exit(_complain(error, EXIT_FAILED))
 
 
-def _complain(error: Exception, status: int) -> int:
-    typer.echo(_printable(f"ttrl: {error}"), err=True)
+def _complain(error: BaseException, status: int) -> int:
+    advice = remedy(error)
+    text = f"{error}" if advice is None else f"{type(error).__name__}: {error}; {advice}"
+    typer.echo(_printable(f"ttrl: {text}"), err=True)
     for note in getattr(error, "__notes__", ()):
         typer.echo(_printable(f"  {note}"), err=True)
     return status

@@ -30,7 +30,10 @@ class ClusterError(TtrlError, RuntimeError):
 
 
 class StopRequested(TtrlError):
-    """The user asked the run to end (Ctrl-C, SIGTERM). Raised only where the weights are consistent."""
+    """The user or a scheduler asked the run to end (Ctrl-C, SIGTERM, SIGUSR1). Raised only where the weights are consistent."""
+
+    signal: int = 2
+    """Number of the signal; the command line exits with 128 more, as shells do."""
 
 
 class GuardStop(TtrlError):

@@ -137,6 +137,11 @@ class Journal:
         for sink in self._sinks:
             sink.evaluation(evaluation)
 
+    @property
+    def damaged(self) -> Sequence[str]:
+        """Names of the checkpoints that `resume` could not use."""
+        return tuple(self._store.passed_over)
+
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Tell the sinks what takes time now."""
@@ -151,6 +156,7 @@ class Journal:
             trainer.save(folder)
             self.book.save(folder)
 
+        self._run.sync()
         state = {"progress": progress.to_json(), "memory": remember(memory)}
         return self._store.save(progress.step, state, write)
 

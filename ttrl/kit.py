@@ -5,8 +5,10 @@ The groups are synthetic and their answers known, so each check is a statement a
 
 from __future__ import annotations
 
+import os
 import pickle
 import sys
+import sysconfig
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +27,7 @@ DEADLINE_SECONDS = 30.0
 CPU_SECONDS_PER_GROUP = 2.0
 """For a group of 64 votes of 2,000 characters each."""
 DATA_FILES = frozenset({".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt", ".yaml", ".yml", ".arrow"})
+LIBRARIES = tuple({sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib")})
 CONTEXT = RewardContext(step=3, seed=11)
 
 
@@ -154,9 +157,8 @@ class Kit:
         for group in self.groups():
             for column in ("answer", "label", "solution", "gold"):
                 told = replace(group, prompt=replace(group.prompt, meta={column: self._answers[1]}))
-                reward = self._make()
-                with Watch() as seen:
-                    scored = self.checked(reward, told)
+                with Watch("while scoring") as seen:
+                    scored = self.checked(self._make(), told)
                 if seen.problems:
                     return seen.problems[0]
                 if difference(self.score(group), scored) is not None:
@@ -239,12 +241,16 @@ def difference(one: Scored, two: Scored, order: Any = None) -> str | None:
 
 
 class Watch:
-    """Within the block, note every data file opened and every import of the evaluation package."""
+    """Within the block, note every data file opened and every import of the evaluation package.
+
+    Files of Python's own packages are no labels: libraries read their tables when they are imported.
+    """
 
     active: list[Watch] = []  # noqa: RUF012 - the audit hook of the process reports to whoever is here
     hooked = False
 
-    def __init__(self) -> None:
+    def __init__(self, when: str) -> None:
+        self.when = when
         self.problems: list[str] = []
 
     def __enter__(self) -> Watch:
@@ -261,11 +267,19 @@ class Watch:
 def _audit(event: str, arguments: tuple[Any, ...]) -> None:
     if not Watch.active or event not in ("open", "import"):
         return
-    what = arguments[0]
-    if event == "open" and isinstance(what, str) and PurePath(what).suffix in DATA_FILES:
-        Watch.active[-1].problems.append(f"it opened {what} while scoring; a reward sees the group and nothing else")
+    what, watch = arguments[0], Watch.active[-1]
     if event == "import" and str(what).startswith("ttrl.evaluate"):
-        Watch.active[-1].problems.append(f"it imported {what}, where labels are read")
+        watch.problems.append(f"it imported {what}, where labels are read")
+    if (
+        event == "open"
+        and isinstance(what, str | bytes | os.PathLike)
+        and PurePath(os.fsdecode(what)).suffix in DATA_FILES
+    ):
+        path = os.path.abspath(os.fsdecode(what))
+        if not path.startswith(LIBRARIES) or f"{os.sep}assets{os.sep}" in path:
+            watch.problems.append(
+                f"it opened {os.fsdecode(what)} {watch.when}; a reward sees the group and its options, nothing else"
+            )
 
 
 def _in_time(check: Callable[[], str | None]) -> str | None:

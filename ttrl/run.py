@@ -7,25 +7,26 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
-from ttrl.config import Recipe, load_recipe, recipe_to_yaml
-from ttrl.errors import ConfigError, GuardStop, StopRequested
+from ttrl.config import Recipe, recipe_to_yaml
+from ttrl.errors import GuardStop, StopRequested
 from ttrl.evaluate.book import EvaluationBook
-from ttrl.evaluate.evaluator import Evaluation, change
-from ttrl.evaluate.ledger import ledger, totals
+from ttrl.evaluate.digest import digest, entries, line_to_beat
+from ttrl.evaluate.seal import label_files, sealed
+from ttrl.failures import describe
 from ttrl.journal import Journal, Progress
 from ttrl.loop import train
 from ttrl.report import write_report
+from ttrl.resume import continuation, note_resume, same_inputs
 from ttrl.room import check_memory
-from ttrl.rundir import LEDGER, METRICS, RECIPE, SUMMARY, RunDir, check_unused
+from ttrl.rundir import EVALUATIONS, LEDGER, METRICS, RECIPE, SUMMARY, RunDir, check_unused
 from ttrl.setup import Checked, Parts, assemble, check_recipe
-from ttrl.sinks import open_sinks
-from ttrl.stamp import differences, from_comments, stamp, to_comments
+from ttrl.sinks import open_sinks, show_line
+from ttrl.stamp import stamp, to_comments
 from ttrl.stopping import StopSwitch
 
 RSS_PER_MB = 1024 if sys.platform != "darwin" else 2**20
@@ -42,6 +43,10 @@ class Outcome:
     reason: str = ""
     guard: bool = False
     """stopped by a guard, not by the user"""
+    line: str = ""
+    """the line to beat, in words; empty without labels"""
+    signal: int = 0
+    """number of the signal that asked the run to stop"""
     started: float = field(default_factory=time.monotonic)
     seconds_before: float = 0.0
     """of the steps that earlier parts of a resumed run completed"""
@@ -53,15 +58,20 @@ class Outcome:
 
 def run(recipe: Recipe, *, resume: bool, console: Console) -> Outcome:
     """Train, evaluate, export, report. Raises ConfigError before anything is written when the recipe cannot run."""
+    with sealed(label_files(recipe)):
+        return _start(recipe, resume=resume, console=console)
+
+
+def _start(recipe: Recipe, *, resume: bool, console: Console) -> Outcome:
     folder = Path(recipe.output)
-    directory = _resumable(recipe, folder) if resume else None
+    directory, changes = continuation(recipe, folder) if resume else (None, ())
     if directory is None:
         check_unused(folder)
     checked = check_recipe(recipe)
     check_memory(recipe)
     stamped = stamp(recipe, checked.records)
     if directory is not None:
-        _same_inputs(directory, stamped)
+        changes = [*changes, *same_inputs(directory, stamped)]
     message = f"{recipe.name}: {len(checked.records)} prompts, {recipe.steps} steps, output {folder}"
     console.print(message, highlight=False, markup=False)
     with StopSwitch() as switch:
@@ -71,10 +81,12 @@ def run(recipe: Recipe, *, resume: bool, console: Console) -> Outcome:
                 directory = RunDir.create(folder)
                 directory.write(RECIPE, to_comments(stamped) + recipe_to_yaml(recipe))
             with directory.locked():
-                return _run(checked, parts, directory, resume=resume, console=console)
+                return _run(checked, parts, directory, console, resume=resume, changes=changes)
 
 
-def _run(checked: Checked, parts: Parts, directory: RunDir, *, resume: bool, console: Console) -> Outcome:
+def _run(
+    checked: Checked, parts: Parts, directory: RunDir, console: Console, *, resume: bool, changes: Sequence[str]
+) -> Outcome:
     recipe = checked.recipe
     outcome, progress = Outcome(), Progress()
     directory.write_json(SUMMARY, {"status": FAILED, "reason": NO_WORD, "name": recipe.name})
@@ -84,7 +96,10 @@ def _run(checked: Checked, parts: Parts, directory: RunDir, *, resume: bool, con
                 progress = journal.resume(parts.trainer, parts.memory)
                 outcome.seconds_before = progress.seconds
                 parts.link.sync(None)
-                console.print(f"resuming after step {progress.step}")
+                found = [f"{name} was damaged and not used" for name in journal.damaged] + list(changes)
+                note_resume(directory, progress.step, found)
+                for line in [f"resuming after step {progress.step}", *found]:
+                    console.print(line, highlight=False, markup=False)
             train(parts, journal, progress)
             journal.export(parts.trainer)
             outcome.status = COMPLETED
@@ -92,11 +107,17 @@ def _run(checked: Checked, parts: Parts, directory: RunDir, *, resume: bool, con
             journal.checkpoint(parts.trainer, parts.memory, progress)
             journal.export(parts.trainer)
             outcome.status, outcome.reason, outcome.guard = STOPPED, str(stop), isinstance(stop, GuardStop)
+            outcome.signal = stop.signal if isinstance(stop, StopRequested) else 0
         finally:
             error = sys.exc_info()[1]
             if error is not None:
-                outcome.reason = f"{type(error).__name__}: {error}"
-            _conclude(checked, directory, progress, journal.book, outcome)
+                outcome.reason = describe(error)
+            try:
+                _conclude(checked, directory, progress, journal.book, outcome)
+            except OSError as second:  # of a full disk the first error tells more
+                if error is None:
+                    raise
+                error.add_note(f"nor could the end of the run be written down: {second}")
     return outcome
 
 
@@ -112,76 +133,23 @@ def _journal(recipe: Recipe, directory: RunDir, console: Console) -> Iterator[Jo
 
 
 def _conclude(checked: Checked, directory: RunDir, progress: Progress, book: EvaluationBook, outcome: Outcome) -> None:
-    """ledger.jsonl, summary.json, report.html."""
+    """ledger.jsonl, evaluations.json, summary.json, report.html."""
     recipe = checked.recipe
-    before, after = book.before("adapted"), book.after("adapted")
-    entries = ledger(before, after) if before is not None and after is not None else []
-    directory.write_lines(LEDGER, [entry.record() for entry in entries])
+    directory.write_lines(LEDGER, [entry.record() for entry in entries(book, "adapted")])
+    directory.write(EVALUATIONS, book.to_json())
     summary = {
         "status": outcome.status,
         "reason": outcome.reason,
         "name": recipe.name,
         "steps": progress.step,
         "labels_in_training": checked.labels_in_training,
-        **_comparison(book, "adapted", recipe.seed),
-        "ledger": totals(entries) if entries else None,
-        "heldout": _comparison(book, "heldout", recipe.seed) if recipe.eval.heldout is not None else None,
+        **digest(book, "adapted", recipe.seed),
+        "heldout": digest(book, "heldout", recipe.seed) if recipe.eval.heldout is not None else None,
         "tokens": {"rollout": progress.rollout_tokens, "train": progress.train_tokens},
         "seconds": round(outcome.seconds(), 1),
         "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / RSS_PER_MB),
     }
+    line = line_to_beat(book.before("adapted"), book.after("adapted"), recipe.seed)
+    outcome.line = show_line(line) if line is not None else ""
     directory.write_json(SUMMARY, summary)
     write_report(directory)
-
-
-def _comparison(book: EvaluationBook, split: str, seed: int) -> dict[str, Any]:
-    """initial and final estimates, the paired change, and after how many steps each was measured."""
-    before, after = book.before(split), book.after(split)
-    changes = None
-    if before is not None and after is not None:
-        found = {name: change(before, after, name, seed) for name in before.estimates}
-        changes = {name: asdict(difference) for name, difference in found.items() if difference is not None}
-    return {
-        "initial": _estimates(before),
-        "final": _estimates(after),
-        "change": changes,
-        "measured_after_steps": [evaluation.step for evaluation in (before, after) if evaluation is not None],
-    }
-
-
-def _estimates(evaluation: Evaluation | None) -> dict[str, Any] | None:
-    return None if evaluation is None else {name: asdict(estimate) for name, estimate in evaluation.estimates.items()}
-
-
-def _same_inputs(directory: RunDir, stamped: dict[str, str]) -> None:
-    """Raises ConfigError when prompts or plug-in files changed since the run was started."""
-    changed = differences(from_comments((directory.path / RECIPE).read_text(encoding="utf-8")), stamped)
-    if changed:
-        raise ConfigError("cannot resume, the inputs of the run have changed:\n" + "\n".join(changed))
-
-
-def _resumable(recipe: Recipe, folder: Path) -> RunDir:
-    """The run to continue. Raises ConfigError when the recipe differs from the one it was started with."""
-    directory = RunDir.existing(folder)
-    old = load_recipe(folder / RECIPE)
-    # More steps would change the learning-rate schedule of the steps already taken, so it counts as another recipe
-    differing = _differences(old.model_dump(by_alias=True), recipe.model_dump(by_alias=True), ())
-    allowed: tuple[str, ...] = ("checkpoint.keep", "log.", "output", "description", "cluster.")
-    if not recipe.rollout.ahead:  # sampling ahead waits at checkpoints, so there they are part of what is computed
-        allowed += ("checkpoint.",)
-    refused = [line for key, line in differing if not key.startswith(allowed)]
-    if refused:
-        raise ConfigError(
-            "cannot resume with another recipe:\n"
-            + "\n".join(refused)
-            + "\nundo these changes, or start a new run with another --output"
-        )
-    return directory
-
-
-def _differences(old: Any, new: Any, path: Sequence[str]) -> list[tuple[str, str]]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = [*old, *(key for key in new if key not in old)]
-        return [found for key in keys for found in _differences(old.get(key), new.get(key), (*path, str(key)))]
-    dotted = ".".join(path)
-    return [] if old == new else [(dotted, f"  {dotted}: was {old!r}, is {new!r}")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from ttrl.errors import ConfigError
+from ttrl.files import no_links, sync, write_file
+
+log = logging.getLogger(__name__)
 
 RECIPE, METRICS, EVAL, GROUPS = "recipe.yaml", "metrics.jsonl", "eval.jsonl", "groups.jsonl"
 LEDGER, SUMMARY, REPORT, CHECKPOINTS, MODEL = "ledger.jsonl", "summary.json", "report.html", "checkpoints", "model"
-LOCK = ".lock"
-WRITTEN = (RECIPE, METRICS, EVAL, GROUPS, LEDGER, SUMMARY, REPORT, CHECKPOINTS, MODEL)
+LOCK, TENSORBOARD, EVALUATIONS = ".lock", "tensorboard", "evaluations.json"
+WRITTEN = (RECIPE, METRICS, EVAL, GROUPS, LEDGER, EVALUATIONS, SUMMARY, REPORT, CHECKPOINTS, MODEL)
 STEPPED = (METRICS, EVAL, GROUPS)
 """Files with one object per step, cut back to the checkpoint when a run is resumed."""
 
@@ -38,15 +42,16 @@ class RunDir:
 
     @classmethod
     def existing(cls, path: Path) -> RunDir:
-        """Raises ConfigError when there is no run."""
+        """Raises ConfigError when there is no run, or a part of it is a link to somewhere else."""
         if not (path / RECIPE).is_file() or not (path / CHECKPOINTS).is_dir():
             raise ConfigError(f"{path}: holds no run (a run has {RECIPE} and {CHECKPOINTS}/)")
+        _check_links(path)
         return cls(path)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the folder while training. Raises ConfigError when another process does."""
-        with (self.path / LOCK).open("w") as lock:
+        with open(self.path / LOCK, "w", opener=no_links) as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -55,8 +60,9 @@ class RunDir:
 
     def append(self, file: str, record: Mapping[str, Any]) -> None:
         """Add one object to a JSONL file and flush it, so that a reader never sees half a line for long."""
-        with (self.path / file).open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+        line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+        with open(self.path / file, "a", encoding="utf-8", opener=no_links) as stream:
+            stream.write(line)
 
     def write_lines(self, file: str, records: Iterable[Mapping[str, Any]]) -> None:
         """Replace a JSONL file."""
@@ -64,10 +70,7 @@ class RunDir:
 
     def write(self, file: str, text: str) -> None:
         """Replace a file; readers see the old or the new one, never a part."""
-        target = self.path / file
-        temporary = target.with_name(target.name + ".part")
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, target)
+        write_file(self.path / file, text)
 
     def write_json(self, file: str, value: Mapping[str, Any]) -> None:
         self.write(file, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
@@ -84,6 +87,12 @@ class RunDir:
             except ValueError:
                 return
 
+    def sync(self) -> None:
+        """Wait until the logs are on the disk: a checkpoint must not outlive, in a power cut, the lines of its steps."""
+        for file in STEPPED:
+            if (self.path / file).exists():
+                sync(self.path / file)
+
     def summary(self) -> dict[str, Any]:
         """The content of summary.json; empty before the run ended."""
         path = self.path / SUMMARY
@@ -93,16 +102,34 @@ class RunDir:
         """Forget lines of steps >= `step`; evaluations after step `step` go too. Used by resume."""
         for file in STEPPED:
             limit = step + 1 if file == EVAL else step
-            self.write_lines(file, [record for record in self.lines(file) if record["step"] < limit])
+            kept = [record for record in self.lines(file) if record["step"] < limit]
+            if file == METRICS and len(kept) < step:
+                log.warning(
+                    "%s: has %d lines for %d steps; something else changed it", self.path / file, len(kept), step
+                )
+            self.write_lines(file, kept)
 
 
 def check_unused(path: Path) -> None:
     """Raises ConfigError when `path` already holds a run, or is not a folder."""
     if path.exists() and not path.is_dir():
         raise ConfigError(f"output {path}: is a file, not a folder")
-    taken = [name for name in WRITTEN if (path / name).exists()]
+    _check_links(path)
+    taken = [name for name in WRITTEN if os.path.lexists(path / name)]
+    if taken == [CHECKPOINTS] and (path / CHECKPOINTS).is_dir() and not any((path / CHECKPOINTS).iterdir()):
+        return  # a run that was killed before it had written anything
     if taken:
         raise ConfigError(
             f"output {path}: already holds a run, or what a run would overwrite ({', '.join(taken)}); "
             "continue a run with --resume, or choose another folder with --output"
+        )
+
+
+def _check_links(path: Path) -> None:
+    """Raises ConfigError when something a run writes is a symbolic link. The folder itself may be one: it was named."""
+    links = [name for name in (*WRITTEN, LOCK, TENSORBOARD) if (path / name).is_symlink()]
+    if links:
+        raise ConfigError(
+            f"output {path}: {', '.join(links)} is a symbolic link, and a run writes only inside its own folder; remove the link, "
+            "or make the folder itself one"
         )

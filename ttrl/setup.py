@@ -10,7 +10,6 @@ import inspect
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ttrl.cluster import Cluster, check_cluster, connect
@@ -36,7 +35,7 @@ from ttrl.protocols import (
 from ttrl.registry import build, check, resolve
 from ttrl.rewards.reader import AnswerReader
 from ttrl.sinks import check_sinks
-from ttrl.templates import check_template
+from ttrl.templates import check_template, describe
 from ttrl.trainers.dsconfig import check_deepspeed
 from ttrl.types import Prompt, Rollout, SamplingSpec
 
@@ -327,7 +326,7 @@ def _evaluators(checked: Checked, prompts: Sequence[Prompt], heldout: Sequence[P
     return tuple(
         Evaluator(
             split, members, labels, checked.reader, spec,
-            samples=settings.samples, ks=settings.k, template=Path(recipe.data.template).name, seed=recipe.seed,
+            samples=settings.samples, ks=settings.k, template=describe(recipe.data.template), seed=recipe.seed,
         )
         for split, members, labels in sets
     )  # fmt: skip

@@ -12,7 +12,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ttrl.config.schema import Recipe
 from ttrl.errors import ConfigError
+from ttrl.evaluate.digest import LineToBeat
 from ttrl.evaluate.evaluator import Estimate, Evaluation
+from ttrl.rundir import TENSORBOARD
 
 COLUMNS = (
     ("reward", "reward/mean", "6.3f"), ("share", "reward/majority_share", "6.3f"), ("answered", "reward/answered", "8.3f"),
@@ -34,11 +36,21 @@ class Sink(Protocol):
     def close(self) -> None: ...
 
 
-def show(estimate: Estimate) -> str:
-    """`0.672 [0.640, 0.704]`."""
+def show(estimate: Estimate, *, sign: bool = False) -> str:
+    """`0.672 [0.640, 0.704]`; with a sign for differences."""
+    form = "+.3f" if sign else ".3f"
     if estimate.low is None or estimate.high is None:
-        return f"{estimate.value:.3f}"
-    return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
+        return f"{estimate.value:{form}}"
+    return f"{estimate.value:{form}} [{estimate.low:{form}}, {estimate.high:{form}}]"
+
+
+def show_line(line: LineToBeat) -> str:
+    """The vote of the start model, and how far the final model is above it without any vote."""
+    text = f"line to beat: {line.metric} of the start model, {show(line.start)}"
+    if line.final_pass1_above_it is None:
+        return text
+    meaning = {"beaten": "beaten", "missed": "missed", "open": "the interval holds 0"}[line.verdict]
+    return f"{text}; final pass@1 minus it: {show(line.final_pass1_above_it, sign=True)} ({meaning})"
 
 
 class ConsoleSink:
@@ -92,7 +104,7 @@ class TensorBoardSink:
     def __init__(self, folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder / "tensorboard"))
+        self._writer = SummaryWriter(str(folder / TENSORBOARD))
 
     def phase(self, name: str) -> None:
         """Not shown."""

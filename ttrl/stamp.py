@@ -8,12 +8,16 @@ from __future__ import annotations
 import hashlib
 import re
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from ttrl.config.schema import Plug, Recipe
+from ttrl.config.schema import Recipe
 from ttrl.doctor import versions
 from ttrl.prompts import PromptRecord
+from ttrl.templates import NAMES, describe
+
+_IN_FILE = re.compile(r"\.py:[A-Za-z_]\w*$")
 
 
 def stamp(recipe: Recipe, records: Iterable[PromptRecord]) -> dict[str, str]:
@@ -26,10 +30,30 @@ def stamp(recipe: Recipe, records: Iterable[PromptRecord]) -> dict[str, str]:
     for record in records:
         digest.update(repr((record.id, [(m.role, m.content) for m in record.messages])).encode())
     found["prompts"] = f"sha256 {digest.hexdigest()[:16]}"
-    for use in sorted({plug.use for plug in _plugs(recipe) if ".py:" in plug.use}):
-        file = Path(use.rpartition(":")[0])
-        found[f"plug-in {file.name}"] = f"sha256 {hashlib.sha256(file.read_bytes()).hexdigest()[:16]}"
+    if recipe.data.template not in NAMES:
+        found["template"] = describe(recipe.data.template)
+    files = plugin_files(recipe)
+    for file in files:
+        alone = sum(other.name == file.name for other in files) == 1
+        found[f"plug-in {file.name if alone else file}"] = (
+            f"sha256 {hashlib.sha256(file.read_bytes()).hexdigest()[:16]}"
+        )
     return found
+
+
+def plugin_files(recipe: Recipe) -> list[Path]:
+    """Every file of the user's that the recipe makes run, wherever in the recipe it is named."""
+    return sorted(
+        {Path(use.rpartition(":")[0]) for use in _strings(recipe.model_dump(mode="json")) if _IN_FILE.search(use)}
+    )
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _strings(item)
 
 
 def to_comments(found: Mapping[str, str]) -> str:
@@ -43,14 +67,9 @@ def from_comments(text: str) -> dict[str, str]:
 
 
 def differences(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
-    """Prompts and plug-in files that are not what they were, in words."""
-    keys = [key for key in {**old, **new} if key == "prompts" or key.startswith("plug-in ")]
+    """Prompts, template and plug-in files that are not what they were, in words."""
+    keys = [key for key in {**old, **new} if key in ("prompts", "template") or key.startswith("plug-in ")]
     return [f"  {key}: was {old.get(key)}, is {new.get(key)}" for key in keys if old.get(key) != new.get(key)]
-
-
-def _plugs(recipe: Recipe) -> list[Plug]:
-    parts = [recipe.reward, recipe.objective, *recipe.gates, *recipe.stabilizers, recipe.data.source]
-    return [*parts, recipe.rollout.engine, recipe.rollout.sampler, recipe.trainer.backend, recipe.trainer.parameters]
 
 
 def _commit() -> str | None:

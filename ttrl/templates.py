@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,6 +34,13 @@ def check_template(template: str) -> None:
     count = _read(template).count(SLOT)
     if count != 1:
         raise ConfigError(f"data.template: {template} must contain {SLOT} exactly once, it does {count} times")
+
+
+def describe(template: str) -> str:
+    """The name; for a file also a hash of its content, since two files may have one name."""
+    if template in NAMES:
+        return template
+    return f"{Path(template).name} {hashlib.sha256(_read(template).encode()).hexdigest()[:16]}"
 
 
 def render(messages: Sequence[Message], tokenizer: Tokenizer, template: str) -> list[int]:

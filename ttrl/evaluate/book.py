@@ -38,10 +38,14 @@ class EvaluationBook:
         same = [e for e in self._kept if e.split == split]
         return same[-1] if len(same) > 1 else None
 
+    def to_json(self) -> str:
+        """All that is kept."""
+        return _EVALUATIONS.dump_json(self._kept).decode() + "\n"
+
     def save(self, folder: Path) -> None:
         """Write evaluations.json."""
-        (folder / FILE).write_bytes(_EVALUATIONS.dump_json(self._kept) + b"\n")
+        (folder / FILE).write_text(self.to_json(), encoding="utf-8")
 
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote."""
+        """Read what `save` wrote. Raises ValueError when it is something else."""
         self._kept = _EVALUATIONS.validate_json((folder / FILE).read_bytes())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from ttrl.config.schema import ModelSection
@@ -16,7 +15,7 @@ from ttrl.prompts import check_room, read_prompts, tokenize
 from ttrl.rewards.reader import AnswerReader
 from ttrl.rollout.engines import hf
 from ttrl.stopping import StopSwitch
-from ttrl.templates import check_template
+from ttrl.templates import check_template, describe
 from ttrl.types import SamplingSpec
 
 
@@ -68,6 +67,6 @@ def evaluate_model(call: EvalCall) -> Evaluation:
         spec = SamplingSpec(max_new_tokens=call.max_new_tokens, temperature=call.temperature, top_p=call.top_p)
         evaluator = Evaluator(
             "prompts", prompts, call.labels, reader, spec,
-            samples=call.samples, ks=sorted(set(call.k)), template=Path(call.template).name, seed=call.seed,
+            samples=call.samples, ks=sorted(set(call.k)), template=describe(call.template), seed=call.seed,
         )  # fmt: skip
         return evaluator(0, LocalPool(engine))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import comb
+from math import comb, sqrt
 
 import numpy as np
 import numpy.typing as npt
 
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
+Z95 = 1.959963984540054
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
@@ -58,6 +59,14 @@ def _draws(others: Sequence[int], no_answer: int, votes: int, size: int) -> list
 def _check(n: int, k: int) -> None:
     if not 1 <= k <= n:
         raise ValueError(f"k must be between 1 and the number of samples {n}, got {k}")
+
+
+def wilson(successes: int, n: int) -> tuple[float, float]:
+    """95 % score interval of a share (Wilson 1927). Golden: 3 of 10 -> 0.1078, 0.6032; 0 of 10 -> 0, 0.2775."""
+    z2 = Z95 * Z95
+    centre = (successes + z2 / 2) / (n + z2)
+    half = Z95 / (n + z2) * sqrt(successes * (n - successes) / n + z2 / 4)
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def bootstrap(values: npt.NDArray[np.float64], seed: int) -> tuple[float, float] | None:

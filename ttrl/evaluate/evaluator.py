@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -30,7 +31,12 @@ class Protocol:
     max_new_tokens: int
     template: str
     extractor: str
+    """kind and options of the extractor"""
     prompts: int
+    prompt_set: str = ""
+    """hash of ids and texts, whatever their order"""
+    labels: str = ""
+    """hash of the reference answers; empty without"""
     grader: str = GRADER
 
 
@@ -102,7 +108,9 @@ class Evaluator:
         self._samples, self._ks, self._seed = samples, tuple(ks), seed
         self.protocol = Protocol(
             samples=samples, temperature=spec.temperature, top_p=spec.top_p, max_new_tokens=spec.max_new_tokens,
-            template=template, extractor=reader.kind, prompts=len(prompts),
+            template=template, extractor=reader.description, prompts=len(prompts),
+            prompt_set=_hash((p.id, [(m.role, m.content) for m in p.messages]) for p in prompts),
+            labels=_hash(self._labels.items()) if self._labels is not None else "",
         )  # fmt: skip
 
     def __call__(self, step: int, pool: Pool) -> Evaluation:
@@ -167,6 +175,10 @@ class Evaluator:
         return table
 
 
+def _hash(parts: Iterable[object]) -> str:
+    return hashlib.sha256("\n".join(sorted(map(repr, parts))).encode()).hexdigest()[:16]
+
+
 def _maj(result: PromptResult, k: int) -> float:
     names = list(result.answers)
     right = names.index(result.right) if result.right is not None else None
@@ -187,8 +199,14 @@ def change(before: Evaluation, after: Evaluation, metric: str, seed: int) -> Est
         raise ValueError(
             f"evaluations under different protocols cannot be compared: {before.protocol} and {after.protocol}"
         )
-    if metric not in before.per_prompt or metric not in after.per_prompt:
+    return paired(before, metric, after, metric, seed)
+
+
+def paired(before: Evaluation, metric: str, after: Evaluation, other: str, seed: int) -> Estimate | None:
+    """`other` after minus `metric` before, prompt by prompt; None when one is missing. The caller compares the protocols."""
+    if metric not in before.per_prompt or other not in after.per_prompt:
         return None
-    differences = np.asarray(after.per_prompt[metric]) - np.asarray(before.per_prompt[metric])
+    assert [r.id for r in before.results] == [r.id for r in after.results]
+    differences = np.asarray(after.per_prompt[other]) - np.asarray(before.per_prompt[metric])
     low, high = bootstrap(differences, derive(seed, "bootstrap")) or (None, None)
     return Estimate(value=float(differences.mean()), low=low, high=high)

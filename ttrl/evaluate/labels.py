@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from ttrl.errors import ConfigError
+from ttrl.evaluate.seal import reading_labels
 from ttrl.prompts import read_rows
 
 
@@ -16,7 +17,9 @@ def read_labels(
     Raises ConfigError for broken rows, duplicate ids, and prompts without a label.
     """
     found: dict[str, str] = {}
-    for where, row in read_rows(path):
+    with reading_labels():
+        rows = list(read_rows(path))
+    for where, row in rows:
         if row.get(id_field) is None or row.get(answer_field) is None:
             raise ConfigError(f"{where}: a label needs {id_field!r} and {answer_field!r}")
         identifier = str(row[id_field])

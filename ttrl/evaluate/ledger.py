@@ -6,9 +6,12 @@ import enum
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from math import comb
 from typing import Any
 
-from ttrl.evaluate.evaluator import Evaluation, PromptResult
+from ttrl.evaluate.estimators import wilson
+from ttrl.evaluate.evaluator import Estimate, Evaluation, PromptResult
 
 SIGNIFICANCE = 0.05
 TOP_ANSWERS = 5
@@ -57,6 +60,37 @@ def totals(entries: Sequence[LedgerEntry]) -> Mapping[str, int]:
     """How many prompts got which verdict."""
     counts = Counter(entry.verdict for entry in entries)
     return {verdict.value: counts[verdict] for verdict in Verdict}
+
+
+def shares(entries: Sequence[LedgerEntry]) -> Mapping[str, Estimate]:
+    """Per verdict its share of the prompts, with a 95 % interval over prompts (Wilson)."""
+    counted, n = totals(entries), len(entries)
+    found = {}
+    for name, count in counted.items():
+        low, high = wilson(count, n)
+        found[name] = Estimate(value=count / n, low=low, high=high)
+    return found
+
+
+def by_chance(entries: Sequence[LedgerEntry]) -> float:
+    """How many verdicts other than `unchanged` to expect if no prompt had changed at all.
+
+    Per prompt the size of its test: the chance of p < 0.05 when both evaluations draw from one urn with the right answers of both.
+    """
+    return sum(
+        _size(e.before.samples, e.after.samples, (e.before.correct or 0) + (e.after.correct or 0)) for e in entries
+    )
+
+
+@lru_cache(maxsize=4096)
+def _size(first: int, last: int, right: int) -> float:
+    """Golden: 16 and 16 samples, 16 right: p < 0.05 for 4 or fewer, or 12 or more, of them in the first -> 0.01211."""
+    total = comb(first + last, right)
+    chances = [
+        comb(first, x) * comb(last, right - x) / total for x in range(max(0, right - last), min(first, right) + 1)
+    ]
+    # As in the two-sided test, everything at most as likely as what was seen counts; ties only differ by rounding
+    return sum(c for c in chances if sum(other for other in chances if other <= c * (1 + 1e-7)) < SIGNIFICANCE)
 
 
 def _verdict(first: PromptResult, last: PromptResult, p_value: float) -> Verdict:

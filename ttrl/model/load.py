@@ -45,7 +45,7 @@ def load_tokenizer(path: str) -> Tokenizer:
     """Raises ConfigError when there is no usable tokenizer with an end-of-sequence token."""
     transformers.utils.logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve_path(path))
+        tokenizer = AutoTokenizer.from_pretrained(resolve_path(path), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path {path!r}: cannot load a tokenizer: {_first_line(error)}") from error
     if tokenizer.eos_token_id is None:
@@ -63,7 +63,11 @@ def load_model(section: ModelSection) -> PreTrainedModel:
         torch.set_num_threads(section.threads)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            resolve_path(section.path), dtype=DTYPES[section.dtype], attn_implementation="sdpa", use_safetensors=True
+            resolve_path(section.path),
+            dtype=DTYPES[section.dtype],
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            trust_remote_code=False,
         )
     except (OSError, ValueError) as error:
         raise ConfigError(

@@ -1,0 +1,79 @@
+"""What the evaluations of a run come to, as it stands in summary.json: before, after, the line to beat, the ledger."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ttrl.evaluate.book import EvaluationBook
+from ttrl.evaluate.evaluator import Estimate, Evaluation, change, paired
+from ttrl.evaluate.ledger import LedgerEntry, by_chance, ledger, shares, totals
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LineToBeat:
+    """The vote of the start model: what its samples give without any training."""
+
+    metric: str
+    """maj@k with the largest k that was measured"""
+    start: Estimate
+    final_pass1_above_it: Estimate | None
+    """final pass@1 minus the line, paired by prompt; None before there is a final evaluation"""
+
+    @property
+    def verdict(self) -> str:
+        """beaten | missed | open: whether the interval of the difference excludes 0."""
+        margin = self.final_pass1_above_it
+        if margin is None or margin.low is None or margin.high is None:
+            return "open"
+        return "beaten" if margin.low > 0 else "missed" if margin.high < 0 else "open"
+
+
+def line_to_beat(before: Evaluation | None, after: Evaluation | None, seed: int) -> LineToBeat | None:
+    """None without labels, or when no k above 1 was asked for."""
+    votes = [name for name in before.estimates if name.startswith("maj@")] if before is not None else []
+    if before is None or not votes:
+        return None
+    metric = max(votes, key=lambda name: int(name.partition("@")[2]))
+    above = paired(before, metric, after, "pass@1", seed) if after is not None else None
+    return LineToBeat(metric=metric, start=before.estimates[metric], final_pass1_above_it=above)
+
+
+def entries(book: EvaluationBook, split: str) -> list[LedgerEntry]:
+    """The ledger of a split; empty without labels or a second evaluation."""
+    before, after = book.before(split), book.after(split)
+    return ledger(before, after) if before is not None and after is not None else []
+
+
+def digest(book: EvaluationBook, split: str, seed: int) -> dict[str, Any]:
+    """JSON-able. What was not measured is None."""
+    before, after = book.before(split), book.after(split)
+    changes = None
+    if before is not None and after is not None:
+        found = {name: change(before, after, name, seed) for name in before.estimates}
+        changes = {name: asdict(difference) for name, difference in found.items() if difference is not None}
+    line = line_to_beat(before, after, seed)
+    return {
+        "protocol": asdict(before.protocol) if before is not None else None,
+        "initial": _estimates(before),
+        "final": _estimates(after),
+        "change": changes,
+        "measured_after_steps": [evaluation.step for evaluation in (before, after) if evaluation is not None],
+        "line_to_beat": {**asdict(line), "verdict": line.verdict} if line is not None else None,
+        **_ledger(entries(book, split)),
+    }
+
+
+def _ledger(found: Sequence[LedgerEntry]) -> dict[str, Any]:
+    if not found:
+        return {"ledger": None, "ledger_shares": None, "ledger_by_chance": None}
+    return {
+        "ledger": totals(found),
+        "ledger_shares": {name: asdict(share) for name, share in shares(found).items()},
+        "ledger_by_chance": round(by_chance(found), 2),
+    }
+
+
+def _estimates(evaluation: Evaluation | None) -> dict[str, Any] | None:
+    return None if evaluation is None else {name: asdict(estimate) for name, estimate in evaluation.estimates.items()}
