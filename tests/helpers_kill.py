@@ -174,15 +174,15 @@ def content(folder: Path) -> dict[str, str]:
 
 
 def choose(names: list[str], count: int, seed: int) -> list[int]:
-    """Instants, in turns from those within checkpoints, within lines, and within everything else."""
+    """Instants, in turns from those within checkpoints, lines, phases, and loops over tokens and micro-batches."""
     draw = random.Random(seed)
-    first = names.index("half of write_file recipe.yaml.part") if "half of write_file recipe.yaml.part" in names else 0
-    kinds: list[list[int]] = [[], [], []]
+    kinds: dict[str, list[int]] = {"stored": [], "line": [], "phase": [], "loop": []}
     for index, name in enumerate(names):
-        if index > first:
-            stored = "safetensors" in name or "step-" in name or "LATEST" in name
-            kinds[0 if stored else 1 if name.startswith("append") else 2].append(index)
-    return [draw.choice(kinds[turn % 3]) for turn in range(count)]
+        stored = "safetensors" in name or "step-" in name or "LATEST" in name
+        loop = name.endswith("check")
+        kinds["stored" if stored else "line" if name.startswith("append") else "loop" if loop else "phase"].append(index)
+    turns = list(kinds.values())
+    return [draw.choice(turns[turn % 4]) for turn in range(count)]
 
 
 class Bench:
@@ -238,7 +238,9 @@ class Bench:
         """As a scheduler does before it takes the machine away: a signal, and the same one again."""
         folder = self.folder / f"signal{number}"
         child = command(folder)
+        deadline = time.monotonic() + 240
         while not (folder / "metrics.jsonl").exists():
+            assert time.monotonic() < deadline
             time.sleep(0.02)
         os.kill(child, number)
         time.sleep(0.02)

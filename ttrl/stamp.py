@@ -43,9 +43,8 @@ def stamp(recipe: Recipe, records: Iterable[PromptRecord]) -> dict[str, str]:
 
 def plugin_files(recipe: Recipe) -> list[Path]:
     """Every file of the user's that the recipe makes run, wherever in the recipe it is named."""
-    return sorted(
-        {Path(use.rpartition(":")[0]) for use in _strings(recipe.model_dump(mode="json")) if _IN_FILE.search(use)}
-    )
+    named = {Path(use.rpartition(":")[0]) for use in _strings(recipe.model_dump(mode="json")) if _IN_FILE.search(use)}
+    return sorted(file for file in named if file.is_file())
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -53,14 +53,13 @@ def digest(book: EvaluationBook, split: str, seed: int) -> dict[str, Any]:
     if before is not None and after is not None:
         found = {name: change(before, after, name, seed) for name in before.estimates}
         changes = {name: asdict(difference) for name, difference in found.items() if difference is not None}
-    line = line_to_beat(before, after, seed)
     return {
         "protocol": asdict(before.protocol) if before is not None else None,
         "initial": _estimates(before),
         "final": _estimates(after),
         "change": changes,
         "measured_after_steps": [evaluation.step for evaluation in (before, after) if evaluation is not None],
-        "line_to_beat": {**asdict(line), "verdict": line.verdict} if line is not None else None,
+        "line_to_beat": _line(line_to_beat(before, after, seed)),
         **_ledger(entries(book, split)),
     }
 
@@ -73,6 +72,16 @@ def _ledger(found: Sequence[LedgerEntry]) -> dict[str, Any]:
         "ledger_shares": {name: asdict(share) for name, share in shares(found).items()},
         "ledger_by_chance": round(by_chance(found), 2),
     }
+
+
+def _line(line: LineToBeat | None) -> dict[str, Any] | None:
+    if line is None:
+        return None
+    above = line.final_pass1_above_it
+    return {
+        "metric": line.metric, "start": asdict(line.start), "verdict": line.verdict,
+        "final_pass@1_above_it": asdict(above) if above is not None else None,
+    }  # fmt: skip
 
 
 def _estimates(evaluation: Evaluation | None) -> dict[str, Any] | None:

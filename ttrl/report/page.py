@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ttrl.config import Recipe, load_recipe
+from ttrl.evaluate.seal import label_files
 from ttrl.report.plots import accuracy, curve, share_map
 from ttrl.rundir import EVAL, GROUPS, LEDGER, METRICS, RECIPE, REPORT, RunDir
 from ttrl.stamp import from_comments
@@ -58,6 +59,13 @@ def _content(run: RunDir) -> dict[str, Any]:
         "measured": summary.get("measured_after_steps", []),
         "cards": _cards(headlines),
         "heldout": _headlines(summary.get("heldout") or {}),
+        "line": _line(summary),
+        "protocol": ", ".join(
+            f"{key} {value}" for key, value in (summary.get("protocol") or {}).items() if value != ""
+        ),
+        "shares": {name: _share(share) for name, share in (summary.get("ledger_shares") or {}).items()},
+        "by_chance": summary.get("ledger_by_chance"),
+        "transfer": (summary.get("heldout") or {}).get("ledger"),
         "trained_on": _trained_on(recipe, labels=bool(summary.get("labels_in_training", recipe.allow_labels))),
         "parts": _parts(recipe),
         "figures": _figures(metrics, list(run.lines(EVAL)), summary),
@@ -121,6 +129,24 @@ def _cards(rows: Sequence[Headline]) -> list[Headline]:
     )
 
 
+def _line(summary: Mapping[str, Any]) -> Headline | None:
+    """The vote of the start model against the final model without a vote."""
+    line = summary.get("line_to_beat")
+    if line is None:
+        return None
+    margin = line["final_pass@1_above_it"]
+    verdict = {"beaten": "better", "missed": "worse", "open": "same"}[line["verdict"]]
+    return Headline(
+        name=line["metric"], meaning=f"{_meaning(line['metric'])}; by the start model, before any training",
+        before=_show(line["start"]), after=_show((summary.get("final") or {}).get("pass@1")),
+        change=_show(margin, sign=True), verdict=verdict,
+    )  # fmt: skip
+
+
+def _share(share: Mapping[str, Any]) -> str:
+    return f"{share['value']:.0%} [{share['low']:.0%}, {share['high']:.0%}]"
+
+
 def _show(estimate: Mapping[str, Any] | None, *, sign: bool = False) -> str:
     if estimate is None:
         return "not measured"
@@ -140,6 +166,8 @@ def _trained_on(recipe: Recipe, *, labels: bool) -> str:
             f"LABELS IN TRAINING: the reward saw the reference answers of {data}. This is an upper bound for label-free runs on "
             "these prompts, not a label-free run, and the numbers above are on the prompts it was trained on."
         )
+    elif label_files(recipe):
+        text += " The label files could be opened by the evaluation only."
     if recipe.eval.heldout is None:
         return text + " Nothing was held out, so the report cannot say whether the gain carries over to other prompts."
     return text + f" {Path(recipe.eval.heldout.prompts).name} was held out: never sampled for training."
