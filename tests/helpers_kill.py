@@ -24,6 +24,7 @@ from typing import Any
 RECIPE = [
     "train", "quickstart", "steps=12", "data.limit=6", "data.prompts_per_step=2", "rollout.votes_per_prompt=4", "trainer.lr=0.0003",
     "eval.samples=2", "eval.k=[1,2]", "eval.limit=2", "eval.heldout=null", "checkpoint.every=2", "log.groups_per_step=2",
+    "stabilizers=[]",
 ]  # fmt: skip
 FILES = ("groups.jsonl", "eval.jsonl", "ledger.jsonl")
 SECRETS = {
@@ -180,7 +181,9 @@ def choose(names: list[str], count: int, seed: int) -> list[int]:
     for index, name in enumerate(names):
         stored = "safetensors" in name or "step-" in name or "LATEST" in name
         loop = name.endswith("check")
-        kinds["stored" if stored else "line" if name.startswith("append") else "loop" if loop else "phase"].append(index)
+        kinds["stored" if stored else "line" if name.startswith("append") else "loop" if loop else "phase"].append(
+            index
+        )
     turns = list(kinds.values())
     return [draw.choice(turns[turn % 4]) for turn in range(count)]
 
@@ -196,7 +199,7 @@ class Bench:
 
         def plant() -> None:
             reaper.plant()
-            atexit_free(lambda: (folder / "names.json").write_text(json.dumps(reaper.names)))
+            at_the_end(lambda: (folder / "names.json").write_text(json.dumps(reaper.names)))
 
         self.report("whole", status=ended(command(whole, plant=plant)))
         self.names: list[str] = json.loads((folder / "names.json").read_text())
@@ -234,35 +237,46 @@ class Bench:
         head = (folder / "recipe.yaml").read_text().splitlines()[0]
         self.compare("damaged", folder, status=status, head=head)
 
-    def signalled(self, number: int) -> None:
-        """As a scheduler does before it takes the machine away: a signal, and the same one again."""
-        folder = self.folder / f"signal{number}"
-        child = command(folder)
-        deadline = time.monotonic() + 240
-        while not (folder / "metrics.jsonl").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        os.kill(child, number)
-        time.sleep(0.02)
-        if number != signal.SIGINT:
+    def signalled(self, *numbers: int) -> None:
+        """As a scheduler does before it takes the machine away: a signal, and the same again; then in the resumed run."""
+        folder = self.folder / "signals"
+        stops, lines = [], 0
+        for number in numbers:
+            child = command(folder, *(["--resume"] if stops else []))
+            deadline = time.monotonic() + 240
+            while count_lines(folder / "metrics.jsonl") <= lines:
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
             os.kill(child, number)
-        stopped = ended(child)
-        summary = json.loads((folder / "summary.json").read_text())
-        self.compare(f"signal {number}", folder, stopped=stopped, summary=summary, status=resumed(folder))
+            time.sleep(0.02)
+            os.kill(child, number)
+            status = ended(child)
+            summary = json.loads((folder / "summary.json").read_text())
+            lines = count_lines(folder / "metrics.jsonl")
+            stops.append({"number": number, "status": status, "lines": lines, "summary": summary})
+        self.compare("signals", folder, stops=stops, status=resumed(folder))
 
-    def failing(self, case: str, plant: Plant, *changes: str) -> None:
+    def failing(self, case: str, plant: Plant, *changes: str, resume: bool = True) -> None:
         """A failure in the middle, then a resume without its cause."""
         folder = self.folder / case
         failed = ended(command(folder, plant=plant))
         said = folder.with_suffix(".log").read_text()
         summary = json.loads((folder / "summary.json").read_text()) if (folder / "summary.json").exists() else {}
         left = sorted(path.name for path in (folder / "checkpoints").iterdir())
+        facts = {"failed": failed, "said": said, "summary": summary, "left": left}
+        if not resume:
+            return self.report(case, **facts)
         status = resumed(folder, *changes)
         head = (folder / "recipe.yaml").read_text().splitlines()[0]
-        self.compare(case, folder, failed=failed, said=said, summary=summary, left=left, status=status, head=head)
+        self.compare(case, folder, status=status, head=head, **facts)
+        return None
 
 
-def atexit_free(action: Callable[[], Any]) -> None:
+def count_lines(file: Path) -> int:
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+def at_the_end(action: Callable[[], Any]) -> None:
     """Do this when the command ends; children leave by os._exit, which runs no exit handlers."""
     from ttrl import run
 
@@ -327,6 +341,15 @@ def nan_loss() -> None:
     ClipLoss.__call__ = loss  # type: ignore[method-assign]
 
 
+def with_figures() -> None:
+    """Import what the report needs, which takes longer than a run."""
+    import scipy.stats  # noqa: F401
+
+    from ttrl.report.plots import curve
+
+    curve([{"step": 0, "a": 1.0}, {"step": 1, "a": 2.0}], {"a": "a"}, "a")
+
+
 def main() -> None:
     folder, count, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     os.environ.update(SECRETS)
@@ -335,15 +358,15 @@ def main() -> None:
     import ttrl.run
     import ttrl.trainers.torch_backend  # noqa: F401
 
+    with_figures()
     bench = Bench(folder)
     for number, at in enumerate(choose(bench.names, count, seed)):
         bench.kill(number, at)
     if "kills-only" in sys.argv:
         return
     bench.damaged()
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        bench.signalled(number)
-    bench.failing("full-disk", full_disk)
+    bench.signalled(signal.SIGTERM, signal.SIGUSR1)
+    bench.failing("full-disk", full_disk, resume=False)
     bench.failing("nan", nan_loss)
     bench.failing("memory", fails_at_step_5(out_of_memory), "trainer.tokens_per_microbatch=4096")
 

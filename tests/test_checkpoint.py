@@ -93,7 +93,7 @@ def test_any_damage_is_noticed_and_the_one_before_used(
     assert "checkpoint step-000010 is damaged" in caplog.text
 
 
-@pytest.mark.parametrize("content", ["[]", "null", "5", '"x"'])
+@pytest.mark.parametrize("content", ["[]", "null", "5", '"x"', "{}"])
 def test_sums_that_are_no_table_are_damage(tmp_path: Path, content: str) -> None:
     saved(tmp_path, 5)
     (tmp_path / "step-000005" / SUMS).write_text(content)

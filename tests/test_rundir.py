@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -72,11 +73,10 @@ def test_writing_replaces_the_file_and_leaves_nothing_beside_it(run: RunDir) -> 
 def test_a_failed_write_keeps_the_old_file(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     run.write(RECIPE, "old")
 
-    def full(self: Path, *_: object, **__: object) -> int:
-        self.write_bytes(b"")
+    def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
         run.write(RECIPE, "new")
     monkeypatch.undo()

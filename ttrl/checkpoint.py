@@ -101,7 +101,8 @@ def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
         sums = json.loads((folder / SUMS).read_text(encoding="utf-8"))
-        bad = [name for name, digest in {STATE: "missing", **sums}.items() if _sha256(folder / name) != digest]
+        bad = [name for name, digest in sums.items() if _sha256(folder / name) != digest]
+        bad += [STATE] if STATE not in sums else []
     except (OSError, ValueError, AttributeError) as error:
         return str(error)
     return f"checksum of {', '.join(bad)}" if bad else None
