@@ -324,17 +324,13 @@ class Trainer(Protocol):
     def load(self, path: Path) -> None: ...
 
     def restore(self, path: Path, *, version: int) -> None:
-        """Go back to the weights, moments and learning-rate factor of an earlier `save`, while the count of versions goes on: the
-        engines must take what was restored for news. `version` is larger than any before."""
-        ...
+        """Back to an earlier `save`; `version`, larger than any before, tells the engines that this is news."""
 
     def scale_lr(self, factor: float) -> None:
-        """Multiply the learning rate of all later updates; `save` stores the product of all factors."""
-        ...
+        """Multiply the learning rate of all later updates. `save` stores the product of all factors."""
 
     def export(self, path: Path) -> None:
         """The adapted model, loadable with transformers."""
-        ...
 
     def close(self) -> None:
         """Ends what the trainer started; nothing for one that lives in this process."""
