@@ -129,7 +129,7 @@ class DeepSpeedTrainer:
             require_finite({"train/grad_norm": current}, where)
             losses.append(float(loss))
             norm = max(norm, current)
-        self.version = step + 1
+        self.version = max(self.version, step) + 1  # after a restore it is ahead of the steps
         return RankStep(
             metrics=metrics, tokens=tokens, losses=tuple(losses), grad_norm=norm, lr=self._settings.lr * scale
         )

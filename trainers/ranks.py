@@ -80,7 +80,7 @@ class RankGroup:
         calls = [(step, [parts[rank] for parts in dealt]) for rank in range(len(self._actors))]
         refs = [actor.step.remote(*call) for actor, call in zip(self._running(what), calls, strict=True)]
         parts = self._results(refs, self._seconds, what)
-        self.version = step + 1
+        self.version = max(self.version, step) + 1  # after a restore it is ahead of the steps
         return merge(parts)
 
     def weights(self, *, adapter: bool = False) -> WeightSource:

@@ -76,7 +76,7 @@ class TorchTrainer:
             norm = max(norm, current)
             metrics.mean("train/loss", loss)
         self._optimizer.zero_grad(set_to_none=True)
-        self.version = step + 1
+        self.version = max(self.version, step) + 1  # after a restore it is ahead of the steps
         return StepStats(
             metrics=metrics.values(), tokens=tokens, grad_norm=norm, lr=self._settings.lr * scale, updates=len(updates)
         )

@@ -18,9 +18,10 @@ from ttrl.checkpoint import CheckpointStore
 from ttrl.config.schema import Recipe
 from ttrl.evaluate.book import EvaluationBook
 from ttrl.evaluate.evaluator import Evaluation
+from ttrl.guards import Keeper
 from ttrl.metrics import MetricSet, require_finite
 from ttrl.protocols import Reward, StatefulReward, Trainer
-from ttrl.rundir import CHECKPOINTS, EVAL, GROUPS, METRICS, MODEL, RunDir
+from ttrl.rundir import CHECKPOINTS, EVAL, EVENTS, GROUPS, METRICS, MODEL, RunDir
 from ttrl.seeds import generator
 from ttrl.sinks import Sink
 from ttrl.stepmetrics import share_histogram
@@ -95,8 +96,9 @@ class Journal:
         self._store = CheckpointStore(run.path / CHECKPOINTS, recipe.checkpoint.keep)
 
     def step(
-        self, step: int, metrics: MetricSet, stats: StepStats | None, clock: StepClock, scored: Sequence[Scored]
-    ) -> None:
+        self, step: int, metrics: MetricSet, stats: StepStats | None, clock: StepClock, scored: Sequence[Scored],
+        events: Sequence[str] = (),
+    ) -> None:  # fmt: skip
         """One object in metrics.jsonl, some groups in groups.jsonl. Raises FloatingPointError for a number that is not finite."""
         values = metrics.values()
         if stats is not None:
@@ -118,6 +120,7 @@ class Journal:
             "step": step,
             **dict(sorted(values.items())),
             "reward/share_histogram": share_histogram(scored),
+            **({EVENTS: list(events)} if events else {}),
         }
         self._run.append(METRICS, {**record, **{name: round(value, 6) for name, value in timed.items()}})
         chosen = generator(self._recipe.seed, "shown", step).permutation(len(scored))[
@@ -127,6 +130,13 @@ class Journal:
             self._run.append(GROUPS, group_record(step, scored[index]))
         for sink in self._sinks:
             sink.step(step, {**values, **timed})
+        for event in events:
+            self.note(step, event)
+
+    def note(self, step: int, text: str) -> None:
+        """Show what a guard says; events of a step are in metrics.jsonl too."""
+        for sink in self._sinks:
+            sink.note(step, text)
 
     def evaluation(self, evaluation: Evaluation) -> None:
         """One object in eval.jsonl."""
@@ -142,8 +152,8 @@ class Journal:
             sink.phase(name)
         yield
 
-    def checkpoint(self, trainer: Trainer, reward: Reward, progress: Progress) -> Path:
-        """Weights, optimizer, what the reward remembers, progress and evaluations; atomic."""
+    def checkpoint(self, trainer: Trainer, reward: Reward, guards: Keeper, progress: Progress) -> Path:
+        """Weights, optimizer, what the reward and the guards remember, progress and evaluations; atomic."""
 
         def write(folder: Path) -> None:
             trainer.save(folder)
@@ -152,21 +162,25 @@ class Journal:
         state = {"progress": progress.to_json()}
         if isinstance(reward, StatefulReward):
             state["reward"] = dict(reward.state())
+        if held := guards.state():
+            state["guards"] = dict(held)
         return self._store.save(progress.step, state, write)
 
-    def resume(self, trainer: Trainer, reward: Reward) -> Progress:
+    def resume(self, trainer: Trainer, reward: Reward, guards: Keeper) -> Progress:
         """Load the newest undamaged checkpoint and cut the logs back to it; without any checkpoint start from the beginning.
 
         Raises ConfigError when there are checkpoints and all of them are damaged.
         """
         if self._store.is_empty():
             self._run.cut_back(-1)
+            guards.resume(None, 0)
             return Progress()
         folder, state = self._store.latest()
         trainer.load(folder)
         self.book.load(folder)
         if isinstance(reward, StatefulReward) and "reward" in state:
             reward.load_state(state["reward"])
+        guards.resume(state.get("guards"), int(state["step"]))
         self._run.cut_back(int(state["step"]))
         return Progress.from_json(state["progress"])
 

@@ -18,8 +18,9 @@ from ttrl.errors import ConfigError, GuardStop, StopRequested
 from ttrl.evaluate.book import EvaluationBook
 from ttrl.evaluate.evaluator import Evaluation, change
 from ttrl.evaluate.ledger import ledger, totals
+from ttrl.guards import Keeper
 from ttrl.journal import Journal, Progress
-from ttrl.loop import train
+from ttrl.loop import conclude, train
 from ttrl.report import write_report
 from ttrl.room import check_memory
 from ttrl.rundir import LEDGER, METRICS, RECIPE, SUMMARY, RunDir, check_unused
@@ -81,7 +82,7 @@ def _run(checked: Checked, parts: Parts, directory: RunDir, *, resume: bool, con
     with _journal(recipe, directory, console) as journal:
         try:
             if resume:
-                progress = journal.resume(parts.trainer, parts.reward)
+                progress = journal.resume(parts.trainer, parts.reward, parts.guards)
                 outcome.seconds_before = progress.seconds
                 parts.link.sync(None)
                 console.print(f"resuming after step {progress.step}")
@@ -89,14 +90,19 @@ def _run(checked: Checked, parts: Parts, directory: RunDir, *, resume: bool, con
             journal.export(parts.trainer)
             outcome.status = COMPLETED
         except (StopRequested, GuardStop) as stop:
-            journal.checkpoint(parts.trainer, parts.reward, progress)
+            if isinstance(stop, GuardStop):
+                conclude(parts, journal, progress, str(stop))
+            journal.checkpoint(parts.trainer, parts.reward, parts.guards, progress)
+            parts.guards.settle(
+                progress.step
+            )  # the checkpoint goes on where the run was, the model is what can be trusted
             journal.export(parts.trainer)
             outcome.status, outcome.reason, outcome.guard = STOPPED, str(stop), isinstance(stop, GuardStop)
         finally:
             error = sys.exc_info()[1]
             if error is not None:
                 outcome.reason = f"{type(error).__name__}: {error}"
-            _conclude(checked, directory, progress, journal.book, outcome)
+            _conclude(checked, directory, progress, journal.book, outcome, parts.guards)
     return outcome
 
 
@@ -111,7 +117,9 @@ def _journal(recipe: Recipe, directory: RunDir, console: Console) -> Iterator[Jo
             sink.close()
 
 
-def _conclude(checked: Checked, directory: RunDir, progress: Progress, book: EvaluationBook, outcome: Outcome) -> None:
+def _conclude(
+    checked: Checked, directory: RunDir, progress: Progress, book: EvaluationBook, outcome: Outcome, guards: Keeper
+) -> None:
     """ledger.jsonl, summary.json, report.html."""
     recipe = checked.recipe
     before, after = book.before("adapted"), book.after("adapted")
@@ -123,6 +131,7 @@ def _conclude(checked: Checked, directory: RunDir, progress: Progress, book: Eva
         "name": recipe.name,
         "steps": progress.step,
         "labels_in_training": checked.labels_in_training,
+        "guards": guards.summary(),
         **_comparison(book, "adapted", recipe.seed),
         "ledger": totals(entries) if entries else None,
         "heldout": _comparison(book, "heldout", recipe.seed) if recipe.eval.heldout is not None else None,

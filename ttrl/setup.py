@@ -18,6 +18,7 @@ from ttrl.config.schema import Plug, PromptSet, Recipe
 from ttrl.errors import ConfigError
 from ttrl.evaluate.evaluator import Evaluator, check_labels
 from ttrl.evaluate.labels import read_labels
+from ttrl.guards import Keeper, build_guards
 from ttrl.model_path import check_model_path
 from ttrl.prompts import PromptRecord, check_room, read_prompts, tokenize
 from ttrl.protocols import (
@@ -34,6 +35,7 @@ from ttrl.protocols import (
 )  # fmt: skip
 from ttrl.registry import build, check, resolve
 from ttrl.rewards.reader import AnswerReader
+from ttrl.rundir import CHECKPOINTS
 from ttrl.sinks import check_sinks
 from ttrl.templates import check_template
 from ttrl.trainers.dsconfig import check_deepspeed
@@ -72,6 +74,7 @@ class Parts:
     objective: Objective
     trainer: Trainer
     link: WeightLink
+    guards: Keeper
     evaluators: tuple[Evaluator, ...]
     """the adapted prompts first, then the held-out ones"""
     ending: ExitStack
@@ -102,6 +105,7 @@ def check_recipe(recipe: Recipe) -> Checked:
         attempt(lambda slot=slot, plug=plug: build(slot, plug))  # type: ignore[misc]
     if recipe.trainer.backend.use == "deepspeed":
         attempt(lambda: check_deepspeed(recipe))
+    attempt(lambda: build_guards(recipe))
     attempt(lambda: check_sinks(recipe))
     attempt(lambda: check_cluster(recipe.cluster))
     if reward is not None and recipe.rollout.votes_per_prompt < reward.min_votes:
@@ -179,6 +183,10 @@ def _assemble(checked: Checked, check_stop: StopCheck, ending: ExitStack) -> Par
         objective=setup.objective,
         trainer=trainer,
         link=WeightLink(trainer, pool, canary, exact=recipe.model.dtype == "float32"),
+        guards=Keeper(
+            build_guards(recipe), trainer, checked.reward, lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
+            Path(recipe.output) / CHECKPOINTS,
+        ),
         evaluators=_evaluators(checked, prompts, heldout),
         ending=ending.pop_all(),
     )  # fmt: skip

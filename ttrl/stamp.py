@@ -49,7 +49,7 @@ def differences(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
 
 
 def _plugs(recipe: Recipe) -> list[Plug]:
-    parts = [recipe.reward, recipe.objective, *recipe.gates, *recipe.stabilizers, recipe.data.source]
+    parts = [recipe.reward, recipe.objective, *recipe.gates, *recipe.stabilizers, *recipe.guards, recipe.data.source]
     return [*parts, recipe.rollout.engine, recipe.rollout.sampler, recipe.trainer.backend, recipe.trainer.parameters]
 
 
