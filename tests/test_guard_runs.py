@@ -65,10 +65,10 @@ def test_a_destructive_update_is_taken_back_before_anybody_samples_from_it(rolle
     assert status == "completed"
     (step, event), *_ = events(rows)
     assert step == 0
-    assert "sentinel ALARM: unlikely" in event
+    assert "sentinel ALARM: update_drop" in event
     assert "back to the weights of 0 completed steps, learning rate now x0.01" in event
     assert rows[0]["guard/level"] == 2.0
-    assert rows[0]["guard/unlikely"] >= rows[0]["guard_bound/unlikely"]
+    assert rows[0]["guard/update_drop"] >= rows[0]["guard_bound/update_drop"]
     assert (rows[0]["guard/actions"], rows[0]["guard/lr_factor"]) == (1.0, 0.01)
     assert rows[1]["train/lr"] == pytest.approx(1e-5)
     # Weights and moments of the healthy snapshot, byte for byte, are what the next step began with
@@ -91,7 +91,7 @@ def test_the_model_handed_over_is_the_one_that_was_evaluated(rolled_back) -> Non
     assert all(torch.equal(model[name], last[name]) for name in last if name in model)
     report = (folder / "report.html").read_text()
     assert "back to the weights of 0 completed steps" in report
-    assert "<td>unlikely</td>" in report
+    assert "<td>update_drop</td>" in report
 
 
 @pytest.mark.parametrize("kill", ["inspect", "sample", "snapshot"])

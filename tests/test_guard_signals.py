@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from helpers_guards import judge, mixed, scored_from, view
+from helpers_guards import draw, judge, mixed, scored_from, view
 
 from ttrl.guards.base import Level, Reading
-from ttrl.guards.frozen import answer_span, choose, frozen_view
+from ttrl.guards.frozen import answer_span, choose, falls_of, frozen_view
 from ttrl.guards.sentinel import SIGNALS, Sentinel
 from ttrl.guards.shape import batch_of
 from ttrl.guards.signals import flips, forgotten, shared_answer
-from ttrl.guards.votes import visit_of, votes_of
+from ttrl.guards.votes import Half, visit_of, votes_of
 
 Z = (3.0, 4.0)
 WRONG = [f"w{i}" for i in range(6)]
@@ -47,46 +48,48 @@ def test_votes_are_counted_by_class_and_do_not_depend_on_the_order():
     assert found.votes_for(("x",)) == 0
     assert votes_of(scored_from("p", ["1", "2"])).leader is None
     assert votes_of(scored_from("p", ["", ""])).leader is None
-    assert visit_of(scored_from("p", ["1", "2"]), 3) is None
+    assert visit_of(scored_from("p", ["1", "1", "2", "2"]), 3) is None
     shuffled = [
         votes_of(scored_from("p", [["a", "b", "b", "c"][i] for i in order])) for order in ([0, 1, 2, 3], [3, 2, 0, 1])
     ]
     assert shuffled[0] == shuffled[1]
 
 
-def test_flips_by_hand():
-    earlier = visits({"a": ["1"] * 4, "b": ["1", "1", "1", "2"], "c": ["1", "1", "2", "3"], "d": ["5"] * 4})
-    now = votes(
-        {"a": ["9"] * 4, "b": ["1"] * 4, "c": ["1"] * 4, "d": ["", "", "", ""], "e": ["8"] * 4, "f": ["5", "6", "", ""]}
+def test_a_visit_measures_the_answer_of_one_half_in_the_other():
+    # even places: 1 1 3 1, odd places: 1 2 1 2
+    visit = visit_of(scored_from("p", ["1", "1", "1", "2", "3", "1", "1", "2"]), 5)
+    assert visit.halves == (Half(spellings=("1",), margin=0.5, votes=2, rival=2, size=4),)
+    visit = visit_of(scored_from("p", ["1", "2", "1", "2", "1"]), 5)
+    assert visit.halves == (
+        Half(spellings=("1",), margin=1.0, votes=0, rival=2, size=2),
+        Half(spellings=("2",), margin=1.0, votes=0, rival=3, size=3),
     )
+
+
+def test_flips_by_hand():
+    rows = {"a": ["1"] * 8, "b": ["1"] * 6 + ["2"] * 2, "c": ["1", "1", "1", "2", "3", "2", "1", "1"], "d": ["5"] * 8}
+    earlier = visits(rows)
+    # c: even places 1 1 3 1 (lead 2 of 4; the other half has one 1... and two 2), odd places 1 2 2 1 tie
+    assert [len(earlier[name].halves) for name in "abcd"] == [2, 2, 1, 2]
+    now = votes({"a": ["9"] * 8, "b": ["1"] * 8, "c": ["1"] * 8, "d": [""] * 8, "e": ["8"] * 8, "f": ["5", "6"]})
     assert flips(now, earlier, Z, "flips_last") is None  # three prompts that came again and answered are too few
-    now[3] = votes({"d": ["5"] * 4})[0]
+    now[3] = votes({"d": ["5"] * 8})[0]
     reading = flips(now, earlier, Z, "flips_last")
-    margins = {"a": 1.0, "b": 0.5, "c": 0.25, "d": 1.0}
 
-    def chance(first: int, second: int) -> float:
-        p, q = (first + 0.5) / 5, (second + 0.5) / 5
-        return 0.5 * math.erfc((p - q) / math.sqrt(2 * (p + q - (p - q) ** 2) * (1 / 4 + 1 / 4)))
+    def chance(own: int, rival: int) -> float:
+        p, q = (own + 0.5) / 5, (rival + 0.5) / 5
+        return 0.5 * math.erfc((p - q) / math.sqrt(2 * (p + q - (p - q) ** 2) * (1 / 4 + 1 / 8)))
 
-    p = {"a": chance(4, 0), "b": chance(3, 1), "c": chance(2, 1), "d": chance(4, 0)}
-    total = sum(margins.values())
-    expected = sum(margins[k] * ((k == "a") - p[k]) for k in p) / total
-    error = math.sqrt(sum(margins[k] ** 2 * p[k] * (1 - p[k]) for k in p)) / total
+    # (margin, chance) per half
+    halves = {
+        "a": [(1.0, chance(4, 0))] * 2, "b": [(0.5, chance(3, 1))] * 2, "c": [(0.5, chance(2, 2))], "d": [(1.0, chance(4, 0))] * 2,
+    }  # fmt: skip
+    total = sum(m for pairs in halves.values() for m, _ in pairs)
+    expected = sum(m * ((name == "a") - p) for name, pairs in halves.items() for m, p in pairs) / total
+    error = math.sqrt(sum(sum(m * math.sqrt(p * (1 - p)) for m, p in pairs) ** 2 for pairs in halves.values())) / total
     assert reading.value == pytest.approx(expected)
     assert (reading.warn, reading.alarm) == (pytest.approx(max(0.15, 3 * error)), pytest.approx(max(0.3, 4 * error)))
     assert reading.prompts == {"a"}
-
-
-def test_a_visit_measures_the_answer_of_one_half_in_the_other():
-    visit = visit_of(scored_from("p", ["1", "1", "1", "2", "3", "1", "1", "2"]), 5)
-    # even places: 1 1 3 1, odd places: 1 2 1 2
-    assert (visit.votes, visit.second, visit.drawn, visit.margin) == (5, 2, 8, 3 / 8)
-    assert [(h.spellings, h.margin, h.share, h.size) for h in visit.halves] == [(("1",), 0.5, 0.5, 4)]
-    visit = visit_of(scored_from("p", ["1", "2", "1", "2", "1"]), 5)
-    assert [(h.spellings, h.margin, h.share, h.size) for h in visit.halves] == [
-        (("1",), 1.0, 0.0, 2),
-        (("2",), 1.0, 0.0, 3),
-    ]
 
 
 def test_forgotten_answers_by_hand_and_the_score():
@@ -156,12 +159,20 @@ def test_the_frozen_view_scores_clear_majorities_of_the_start_again():
     probes = choose(groups, 2, 1000, score, lambda ids: "x" * len(ids))
     assert [p.prompt_id for p in probes] == ["p4", "p3"]
     probes = choose(groups, 4, 1000, score, lambda ids: "x" * len(ids))
-    assert all(r.value == 0 for r in frozen_view(probes, score, Z))
-    fallen = frozen_view(probes, lambda ids: score(ids) - np.float32(0.1), Z)[0]
-    assert fallen.name == "unlikely"
-    assert fallen.value == pytest.approx(0.1, abs=1e-6)
-    assert fallen.level is Level.ALARM
-    assert frozen_view(probes[:3], score, Z) == []
+    same, _ = falls_of(probes, score)
+    assert same == (0.0,) * 4
+    fallen, _ = falls_of(probes, lambda ids: score(ids) - np.float32(0.1))
+    assert fallen == pytest.approx((0.1,) * 4, abs=1e-6)
+    drop, since = frozen_view(probes, fallen, same, Z)
+    assert (drop.name, drop.level, since.name, since.level) == ("update_drop", Level.ALARM, "unlikely", Level.OK)
+    assert drop.value == since.value == pytest.approx(0.1, abs=1e-6)
+    # What fell step by step, as other words are found, is no update that broke something; one probe alone is no proof either
+    drop, since = frozen_view(probes, (0.2,) * 4, (0.19,) * 4, Z)
+    assert (drop.level, since.level) == (Level.OK, Level.WARN)
+    drop, _ = frozen_view(probes, (0.4, 0.0, 0.0, 0.0), same, Z)
+    assert drop.level is Level.OK
+    assert drop.alarm == pytest.approx(4 * 0.2 / 2)
+    assert frozen_view(probes[:3], fallen[:3], same[:3], Z) == []
 
 
 def test_answers_that_move_without_their_reasoning_are_a_shortcut():
@@ -177,7 +188,7 @@ def test_answers_that_move_without_their_reasoning_are_a_shortcut():
             values[at] += 0.9
             return values
 
-        return {r.name: r for r in frozen_view(probes, score, Z)}["shortcut"]
+        return falls_of(probes, score)[1][0]
 
     assert moved(slice(-2, None)).level is Level.WARN
     assert moved(slice(-10, None)).level is Level.OK
@@ -211,17 +222,14 @@ def test_a_wrong_mode_that_takes_over_is_seen_before_right_answers_are_gone():
 
     def policy(step, prompt):
         wrong = min(0.98, 0.2 + 0.1 * step)
-        return {f"right{prompt}": 0.75 * (1 - wrong) / 0.8, f"trap{prompt}": wrong, "x": 0.05 * (1 - wrong) / 0.8}
-
-    def policy_of(step, prompt):
-        law = policy(step, prompt)
-        return {**law, "x": 1 - law[f"right{prompt}"] - law[f"trap{prompt}"]}
+        right = 0.9375 * (1 - wrong)
+        return {f"right{prompt}": right, f"trap{prompt}": wrong, "x": 1 - wrong - right}
 
     for seed in range(5):
-        run = judge(policy_of, 9, seed=seed)
+        run = judge(policy, 9, per_step=16, votes=16, seed=seed)
         first = first_alarm(run)
         assert first is not None
-        assert policy_of(first, 0)["right0"] > 0.05
+        assert policy(first, 0)["right0"] > 0.05
         assert alarms(run, "forgotten")
         assert alarms(run, "flips_first")
         assert not alarms(run, "shared_answer")
@@ -291,18 +299,14 @@ def test_a_resumed_sentinel_judges_as_before_and_a_rollback_forgets():
     whole = judge(policy, 8)
     one = Sentinel()
     rng = np.random.default_rng(0)
-    from helpers_guards import draw
-
     steps = [draw(policy, s, [(s * 8 + i) % 16 for i in range(8)], 8, rng) for s in range(8)]
     for s in range(4):
         one.judge(view(s, steps[s]))
-    import json
-
     two = Sentinel()
     two.load_state(json.loads(json.dumps(one.state())))
     assert [two.judge(view(s, steps[s])) for s in range(4, 8)] == whole[4:]
     one.went_back(2)
-    assert {v.step for v in one._memory.last.values()} == {0, 1, 2}  # ties are no visits
+    assert max(v.step for v in one._memory.last.values()) == 2
     assert {step for step, *_ in one._memory.rewards} == {0, 1, 2}
 
 

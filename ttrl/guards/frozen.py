@@ -18,8 +18,10 @@ from ttrl.guards.signals import MIN_PROMPTS, Bounds
 from ttrl.guards.votes import votes_of
 from ttrl.types import Scored
 
-UNLIKELY: Bounds = (0.02, 0.04)
-"""Fall of the log-prob per token of what the start model's majorities said, in nats."""
+UPDATE_DROP: Bounds = (0.02, 0.04)
+"""Fall of the log-prob per token of what the start model's majorities said, by one update, in nats."""
+UNLIKELY: Bounds = (0.15, 0.3)
+"""The same since the start. Wider: a long run may find other words for the same answers."""
 SHORTCUT: float = math.log(10.0)
 """Log of the KL per answer token over the KL per token of the reasoning."""
 ANSWER_KL: float = 0.05
@@ -90,28 +92,38 @@ def answer_span(token_ids: Sequence[int], answer: str, decode: Decode) -> tuple[
     return (tokens_for(place + 1) - 1, tokens_for(place + len(answer)))
 
 
-def frozen_view(probes: Sequence[Probe], score: ScoreText, z: Bounds) -> list[Reading]:
-    """`unlikely`: mean fall of the log-prob per token of the probes, standard error over probes. `shortcut`: how much more the
-    answers moved than the reasoning (k3 estimate of KL(start || now) per token on the start model's own tokens); only warns."""
-    if len(probes) < MIN_PROMPTS:
-        return []
-    falls, of_answer, of_reasoning, who = [], [], [], set()
+def falls_of(probes: Sequence[Probe], score: ScoreText) -> tuple[tuple[float, ...], list[Reading]]:
+    """Per probe the mean fall of the log-prob of its tokens since the start, and `shortcut`: how much more the answers moved than
+    the reasoning (k3 estimate of KL(start || now) per token, on the start model's own tokens), which only warns."""
+    falls, of_answer, of_reasoning = [], [], []
     for probe in probes:
         now = np.asarray(score(np.asarray(probe.token_ids, np.int32))[probe.start - 1 :], np.float64)
         change = now - np.asarray(probe.logprobs)
         falls.append(-float(change.mean()))
-        if falls[-1] > UNLIKELY[0]:
-            who.add(probe.prompt_id)
         k3 = np.expm1(np.minimum(change, 20.0)) - change
         begin, end = probe.answer
         if 0 < begin < end:
             of_answer.append(float(k3[begin:end].mean()))
             of_reasoning.append(float(np.delete(k3, slice(begin, end)).mean()))
-    value, error = float(np.mean(falls)), float(np.std(falls, ddof=1) / math.sqrt(len(falls)))
-    warn, alarm = (max(e, z_ * error) for e, z_ in zip(UNLIKELY, z, strict=True))
-    readings = [Reading(name="unlikely", value=value, warn=warn, alarm=alarm, prompts=frozenset(who))]
-    if of_answer:
-        answer, reasoning = float(np.mean(of_answer)), float(np.mean(of_reasoning))
-        ratio = math.log(max(answer, 1e-9) / max(reasoning, 1e-9)) if answer > ANSWER_KL else 0.0
-        readings.append(Reading(name="shortcut", value=ratio, warn=SHORTCUT, alarm=None))
+    if not of_answer:
+        return tuple(falls), []
+    answer, reasoning = float(np.mean(of_answer)), float(np.mean(of_reasoning))
+    ratio = math.log(max(answer, 1e-9) / max(reasoning, 1e-9)) if answer > ANSWER_KL else 0.0
+    return tuple(falls), [Reading(name="shortcut", value=ratio, warn=SHORTCUT, alarm=None)]
+
+
+def frozen_view(probes: Sequence[Probe], falls: Sequence[float], before: Sequence[float], z: Bounds) -> list[Reading]:
+    """`update_drop` and `unlikely`: mean of the falls over those `before` the update, and over the start; standard errors over
+    probes."""
+    if len(probes) < MIN_PROMPTS:
+        return []
+    readings = []
+    for name, effect, values in (
+        ("update_drop", UPDATE_DROP, np.asarray(falls) - np.asarray(before)),
+        ("unlikely", UNLIKELY, np.asarray(falls)),
+    ):
+        error = float(np.std(values, ddof=1) / math.sqrt(len(values)))
+        warn, alarm = (max(e, z_ * error) for e, z_ in zip(effect, z, strict=True))
+        who = frozenset(p.prompt_id for p, value in zip(probes, values, strict=True) if value > effect[0])
+        readings.append(Reading(name=name, value=float(values.mean()), warn=warn, alarm=alarm, prompts=who))
     return readings

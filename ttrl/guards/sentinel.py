@@ -14,15 +14,17 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from ttrl.guards.base import Action, Judgement, Level, Policy, Reading, Score, View
-from ttrl.guards.frozen import Probe, choose, frozen_view
+from ttrl.guards.frozen import Probe, choose, falls_of, frozen_view
 from ttrl.guards.shape import WINDOW, batch_of, length_against_share, nothing_to_learn, reward_jump
 from ttrl.guards.signals import Batch, fewer_answers, flips, forgotten, shared_answer, silent
 from ttrl.guards.votes import Visit, Votes, visit_of, votes_of
 
 CHORUS, PATIENCE = 3, 2
+KEPT_FALLS = 256
+"""Updates whose falls are kept, so that after a rollback the next update is compared with the weights that are back."""
 SIGNALS = (
     "flips_first", "flips_last", "forgotten", "shared_answer", "fewer_answers", "silent", "shorter", "longer", "surer", "noisier",
-    "reward_jump", "no_advantage", "gradient_jump", "unlikely", "shortcut",
+    "reward_jump", "no_advantage", "gradient_jump", "update_drop", "unlikely", "shortcut",
 )  # fmt: skip
 
 
@@ -33,6 +35,8 @@ class Memory:
     start: Batch | None = None
     """of the first step, which the start model drew"""
     probes: tuple[Probe, ...] = ()
+    falls: list[tuple[int, tuple[float, ...]]] = field(default_factory=list)
+    """(steps complete, fall of the log-prob of each probe) of the weights after the last updates"""
     first: dict[str, Visit] = field(default_factory=dict)
     """per prompt, the first visit that had a leader"""
     last: dict[str, Visit] = field(default_factory=dict)
@@ -91,8 +95,13 @@ class Sentinel:
 
     def inspect(self, view: View) -> Judgement:
         """By the frozen view alone."""
-        readings = [r for r in frozen_view(self._memory.probes, view.score, self._z) if r.name not in self._ignore]
-        self._memory.looked = sum(r.level > Level.OK for r in readings)
+        memory = self._memory
+        falls, moved = falls_of(memory.probes, view.score)
+        before = memory.falls[-1][1] if memory.falls else (0.0,) * len(falls)
+        found = [*frozen_view(memory.probes, falls, before, self._z), *moved]
+        readings = [r for r in found if r.name not in self._ignore]
+        memory.falls = [*memory.falls, (view.step + 1, falls)][-KEPT_FALLS:]
+        memory.looked = sum(r.level > Level.OK for r in readings)
         return _judged(readings, max((r.level for r in readings), default=Level.OK))
 
     def went_back(self, step: int) -> None:
@@ -102,6 +111,7 @@ class Sentinel:
         memory.last = {i: visit for i, visit in memory.last.items() if visit.step <= step}
         memory.rewards = [entry for entry in memory.rewards if entry[0] <= step]
         memory.gradients = [entry for entry in memory.gradients if entry[0] <= step]
+        memory.falls = [entry for entry in memory.falls if entry[0] <= step]
         memory.chorus = memory.looked = 0
 
     def state(self) -> Mapping[str, Any]:

@@ -10,8 +10,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from ttrl.guards.base import Reading, Score
 from ttrl.guards.votes import Visit, Votes
 
@@ -28,6 +26,8 @@ FEWER_ANSWERS: Bounds = (0.5, 0.75)
 """Fall, over the start, of the number of different leading answers per prompt."""
 SILENT: Bounds = (0.15, 0.3)
 """Fall, over the start, of the share of rollouts that answer."""
+RARE = 0.1
+"""A flip that chance makes less often than this affects its prompt."""
 MIN_PROMPTS = 4
 """Fewer prompts than this say nothing about all."""
 
@@ -54,60 +54,63 @@ class Batch:
     reward_sd: float
 
 
-def flips(
-    now: Sequence[Votes], earlier: Mapping[str, Visit], z: Bounds, name: str, effect: Bounds = FLIPS
-) -> Reading | None:
+def flips(now: Sequence[Votes], earlier: Mapping[str, Visit], z: Bounds, name: str) -> Reading | None:
     """Share of earlier margins whose leader is now another answer, minus what chance would flip.
 
-    Two votes of n rollouts each differ in their lead by chance with variance (p1 + p2 - (p1 - p2)^2) (1/n + 1/n'), where p1 and p2
-    are the shares of leader and runner-up; the chance to flip is that of a normal variable below minus the lead. Narrow leads
-    flip often and weigh little. A tie, or no answer at all, is no flip.
+    Per half of the earlier visit. Two votes of n and n' rollouts differ in their lead by chance with variance
+    (p + q - (p - q)^2) (1/n + 1/n'), where p and q are the shares of the half's answer and of its rival in the other half; the
+    chance to flip is that of a normal variable below minus the lead. Narrow leads flip often and weigh little. A tie, or no answer at
+    all, is no flip.
     """
-    pairs = [(votes, earlier[votes.prompt_id]) for votes in now if votes.prompt_id in earlier]
-    pairs = [(votes, visit) for votes, visit in pairs if votes.leader is not None]
+    pairs = [(v, earlier[v.prompt_id], v.leader) for v in now if v.prompt_id in earlier and v.leader is not None]
     if len(pairs) < MIN_PROMPTS:
         return None
-    weight, chance, flipped, who = [], [], [], set()
-    for votes, visit in pairs:
-        first, second = (visit.votes + 0.5) / (visit.drawn + 1), (visit.second + 0.5) / (visit.drawn + 1)
-        variance = (first + second - (first - second) ** 2) * (1 / visit.drawn + 1 / votes.drawn)
-        weight.append(visit.margin)
-        chance.append(0.5 * math.erfc((first - second) / math.sqrt(2 * variance)))
-        flipped.append(float(votes.leader is not None and set(votes.leader.spellings).isdisjoint(visit.spellings)))
-        if flipped[-1]:
-            who.add(votes.prompt_id)
-    w, p = np.asarray(weight), np.asarray(chance)
-    value = float(w @ (np.asarray(flipped) - p) / w.sum())
-    error = float(np.sqrt(w**2 @ (p * (1 - p))) / w.sum())
-    warn, alarm = (max(e, z_ * error) for e, z_ in zip(effect, z, strict=True))
-    return Reading(name=name, value=value, warn=warn, alarm=alarm, prompts=frozenset(who))
+    weight = excess = squares = 0.0
+    who = set()
+    for votes, visit, leader in pairs:
+        error = 0.0
+        for half in visit.halves:
+            p, q = (half.votes + 0.5) / (half.size + 1), (half.rival + 0.5) / (half.size + 1)
+            variance = (p + q - (p - q) ** 2) * (1 / half.size + 1 / votes.drawn)
+            chance = 0.5 * math.erfc((p - q) / math.sqrt(2 * variance))
+            flipped = set(leader.spellings).isdisjoint(half.spellings)
+            weight += half.margin
+            excess += half.margin * (flipped - chance)
+            error += half.margin * math.sqrt(chance * (1 - chance))
+            if flipped and chance < RARE:
+                who.add(votes.prompt_id)
+        squares += (
+            error**2
+        )  # the halves of a prompt meet the same votes of now, so their errors add up as if they were one
+    spread = math.sqrt(squares) / weight
+    warn, alarm = (max(e, z_ * spread) for e, z_ in zip(FLIPS, z, strict=True))
+    return Reading(name=name, value=excess / weight, warn=warn, alarm=alarm, prompts=frozenset(who))
 
 
 def forgotten(now: Sequence[Votes], first: Mapping[str, Visit], z: Bounds) -> tuple[Reading, Score] | None:
     """How much of the share of the first answers is gone; minus that is the score of a state.
 
     Per half of the first visit: the share of its answer in the other half minus that of now, weighted by its margin (see `Half` for
-    why halves). Rollouts that do not answer count as lost. Binomial variances with the pooled share; the halves of a prompt meet the
-    same rollouts of now, so their errors are added as if they were one.
+    why halves). Rollouts that do not answer count as lost. Binomial variances with the pooled share.
     """
-    pairs = [(v, first[v.prompt_id]) for v in now if v.prompt_id in first and first[v.prompt_id].halves]
+    pairs = [(v, first[v.prompt_id]) for v in now if v.prompt_id in first]
     if len(pairs) < MIN_PROMPTS:
         return None
-    weight, fall, error, who = [], [], [], set()
+    weight = fall = squares = 0.0
+    who = set()
     for votes, visit in pairs:
-        lost = off = 0.0
+        lost = error = 0.0
         for half in visit.halves:
             kept = votes.votes_for(half.spellings)
-            pooled = (kept + half.share * half.size + 1) / (votes.drawn + half.size + 2)
-            lost += half.margin * (half.share - kept / votes.drawn)
-            off += half.margin * math.sqrt(pooled * (1 - pooled) * (1 / votes.drawn + 1 / half.size))
-        weight.append(sum(half.margin for half in visit.halves))
-        fall.append(lost)
-        error.append(off)
-        if lost > z[0] * off:
+            pooled = (kept + half.votes + 1) / (votes.drawn + half.size + 2)
+            weight += half.margin
+            lost += half.margin * (half.votes / half.size - kept / votes.drawn)
+            error += half.margin * math.sqrt(pooled * (1 - pooled) * (1 / votes.drawn + 1 / half.size))
+        fall += lost
+        squares += error**2
+        if lost > z[0] * error:
             who.add(votes.prompt_id)
-    total = sum(weight)
-    value, spread = sum(fall) / total, math.sqrt(sum(e * e for e in error)) / total
+    value, spread = fall / weight, math.sqrt(squares) / weight
     warn, alarm = (max(e, z_ * spread) for e, z_ in zip(FORGOTTEN, z, strict=True))
     reading = Reading(name="forgotten", value=value, warn=warn, alarm=alarm, prompts=frozenset(who))
     return reading, Score(value=-value, error=spread)

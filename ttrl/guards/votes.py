@@ -55,39 +55,30 @@ class Votes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Half:
-    """What one half of a group elected, and how the other half liked it.
+    """What one half of a group elected, and how it fared in the other half.
 
-    The share of a winner among its own voters is too high, because it won. Among the others it is not, so that a later visit can be
-    compared with it even when a group has only a few votes.
+    The share and the lead of a winner among its own voters are too high, because it won. Among the others they are not, so that a
+    later visit can be compared with them even when a group has only a few votes.
     """
 
     spellings: tuple[str, ...]
     margin: float
-    """lead in its own half, as a share of the rollouts there"""
-    share: float
-    """of the rollouts of the other half"""
+    """lead in its own half, as a share of the rollouts there, in (0, 1]: what a change of this answer weighs"""
+    votes: int
+    """in the other half"""
+    rival: int
+    """votes of the strongest other answer there"""
     size: int
-    """rollouts of the other half"""
+    """rollouts of the other half, at least 1"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Visit:
-    """A visit to a prompt whose vote had a leader."""
+    """A visit to a prompt, of which a half elected something."""
 
     step: int
-    spellings: tuple[str, ...]
-    """of the leading answer"""
-    votes: int
-    second: int
-    """votes of the runner-up"""
-    drawn: int
     halves: tuple[Half, ...]
-    """at most two; a half that ties elects nobody"""
-
-    @property
-    def margin(self) -> float:
-        """Lead as a share of the rollouts drawn, in (0, 1]: what a change of this answer weighs."""
-        return (self.votes - self.second) / self.drawn
+    """one or two"""
 
 
 def votes_of(scored: Scored) -> Votes:
@@ -96,25 +87,21 @@ def votes_of(scored: Scored) -> Votes:
 
 
 def visit_of(scored: Scored, step: int) -> Visit | None:
-    """What to remember of a group; None when nobody leads."""
-    votes = votes_of(scored)
-    leader = votes.leader
-    if leader is None:
-        return None
-    second = votes.camps[1].votes if len(votes.camps) > 1 else 0
-    one, two = (_count(scored, range(start, votes.drawn, 2)) for start in (0, 1))
-    return Visit(
-        step=step, spellings=leader.spellings[:SPELLINGS], votes=leader.votes, second=second, drawn=votes.drawn,
-        halves=tuple(half for half in (_half(one, two), _half(two, one)) if half is not None),
-    )  # fmt: skip
+    """What to remember of a group; None when neither the rollouts in even nor those in odd places have a leader."""
+    one, two = (_count(scored, range(start, len(scored.classes), 2)) for start in (0, 1))
+    halves = tuple(half for half in (_half(one, two), _half(two, one)) if half is not None)
+    return Visit(step=step, halves=halves) if halves else None
 
 
 def _half(own: Votes, other: Votes) -> Half | None:
     if own.leader is None or not other.drawn:
         return None
     spellings = own.leader.spellings[:SPELLINGS]
-    share = other.votes_for(spellings) / other.drawn
-    return Half(spellings=spellings, margin=own.lead / own.drawn, share=share, size=other.drawn)
+    rivals = [camp.votes for camp in other.camps if set(spellings).isdisjoint(camp.spellings)]
+    return Half(
+        spellings=spellings, margin=own.lead / own.drawn, votes=other.votes_for(spellings), rival=max(rivals, default=0),
+        size=other.drawn,
+    )  # fmt: skip
 
 
 def _count(scored: Scored, members: Sequence[int]) -> Votes:

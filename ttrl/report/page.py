@@ -181,7 +181,7 @@ def _figures(
         curve(metrics, {"train/entropy": "entropy (nats)"}, "Entropy of the policy"),
         curve(metrics, {"train/kl": "KL to the start model"}, "Distance from the start model"),
         curve(metrics, {"train/grad_norm": "before clipping"}, "Gradient norm"),
-        curve(metrics, {"guard/unlikely": "start majorities less likely, nats per token", "guard/forgotten": "their share lost",
+        curve(metrics, {"guard/unlikely": "start majorities less likely (nats per token)", "guard/forgotten": "their share lost",
                         "guard/flips_first": "changed since the first visit"}, "What the guard sees (no labels)"),
     ]  # fmt: skip
     # The SVGs hold numbers and the fixed titles above, nothing a model wrote
