@@ -163,16 +163,16 @@ def test_the_frozen_view_scores_clear_majorities_of_the_start_again():
     assert same == (0.0,) * 4
     fallen, _ = falls_of(probes, lambda ids: score(ids) - np.float32(0.1))
     assert fallen == pytest.approx((0.1,) * 4, abs=1e-6)
-    drop, since = frozen_view(probes, fallen, same, Z)
+    drop, since = frozen_view(probes, fallen, same)
     assert (drop.name, drop.level, since.name, since.level) == ("update_drop", Level.ALARM, "unlikely", Level.OK)
     assert drop.value == since.value == pytest.approx(0.1, abs=1e-6)
     # What fell step by step, as other words are found, is no update that broke something; one probe alone is no proof either
-    drop, since = frozen_view(probes, (0.2,) * 4, (0.19,) * 4, Z)
+    drop, since = frozen_view(probes, (0.2,) * 4, (0.19,) * 4)
     assert (drop.level, since.level) == (Level.OK, Level.WARN)
-    drop, _ = frozen_view(probes, (0.4, 0.0, 0.0, 0.0), same, Z)
+    drop, _ = frozen_view(probes, (0.4, 0.0, 0.0, 0.0), same)
     assert drop.level is Level.OK
-    assert drop.alarm == pytest.approx(4 * 0.2 / 2)
-    assert frozen_view(probes[:3], fallen[:3], same[:3], Z) == []
+    assert drop.alarm == pytest.approx(2 * 0.2 / 2)
+    assert frozen_view(probes[:3], fallen[:3], same[:3]) == []
 
 
 def test_answers_that_move_without_their_reasoning_are_a_shortcut():

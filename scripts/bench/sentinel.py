@@ -1,12 +1,12 @@
 """What the sentinel does to collapsing and to healthy runs, and what it costs: the tables of docs/guards.md.
 
-    python scripts/bench/sentinel.py collapse --results FILE [--seeds 0 1 2 3 4] [--runs N]
-    python scripts/bench/sentinel.py healthy --results FILE [--seeds 0 1 2 3 4] [--runs N]
+    python scripts/bench/sentinel.py collapse --results FILE [--seeds 0 1 2 3 4] [--seconds S]
+    python scripts/bench/sentinel.py healthy --results FILE [--seeds 0 1 2 3 4] [--seconds S]
     python scripts/bench/sentinel.py overhead [--steps 6]
     python scripts/bench/sentinel.py table --results FILE
 
-Runs that stand in FILE (JSON lines) are not made again, so the work can be done in pieces of N runs. Small settings: 16 prompts x
-8 votes per step, 48 prompts x 8 samples per evaluation. Labels are used to report, nowhere else.
+Runs that stand in FILE (JSON lines) are not made again, so the work can be done in pieces of S seconds. Small settings: 32 prompts,
+of which 16 x 8 votes per step, 6 steps, 8 samples per prompt and evaluation. Labels are used to report, nowhere else.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import json
 import statistics
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,13 @@ from ttrl.config import load_recipe
 from ttrl.run import run
 
 SMALL = (
-    "data.prompts_per_step=16", "rollout.votes_per_prompt=8", "eval.samples=8", "eval.k=[1]", "eval.limit=48",
+    "data.limit=32", "data.prompts_per_step=16", "rollout.votes_per_prompt=8", "eval.samples=8", "eval.k=[1]",
     "eval.heldout=null", "checkpoint.every=0", "log.groups_per_step=0",
 )  # fmt: skip
 GUARD = "guards=[{use: sentinel, with: {action: rollback, snapshot_every: 2}}]"
 HEALTHY = ("lab/loo-vote", "lab/soft-vote", "lab/selective", "lab/rpc-vote")
-STEPS = 8
-PLAIN_STEPS = 4
+STEPS = 6
+PLAIN_STEPS = 2
 """Of the unguarded collapse, evaluated after every step: it is over after one."""
 
 
@@ -71,8 +72,8 @@ def load(results: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
 
 
-def make(what: str, seeds: list[int], results: Path, limit: int) -> None:
-    """The next `limit` runs that are missing. A healthy run that handed over an earlier state gets an unguarded twin."""
+def make(what: str, seeds: list[int], results: Path, seconds: float) -> None:
+    """The runs that are missing, until `seconds` are over. A healthy run that handed over an earlier state gets an unguarded twin."""
     done = {(r["kind"], r["recipe"], r["seed"]): r for r in load(results)}
     todo = [job for job in wanted(what, seeds) if job[:3] not in done]
     twins = [r for r in done.values() if r["kind"] == "healthy guarded" and r["model_after_steps"] != STEPS]
@@ -81,13 +82,15 @@ def make(what: str, seeds: list[int], results: Path, limit: int) -> None:
             ("healthy plain", r["recipe"], r["seed"], (f"steps={STEPS}",)) for r in twins
             if ("healthy plain", r["recipe"], r["seed"]) not in done
         ]  # fmt: skip
-    for kind, recipe, seed, changes in todo[:limit]:
+    started = time.monotonic()
+    while todo and time.monotonic() - started < seconds:
+        kind, recipe, seed, changes = todo.pop(0)
         found = {"kind": kind, **once(recipe, seed, *changes)}
         with results.open("a") as stream:
             stream.write(json.dumps(found) + "\n")
         shown = f"{found['pass@1'][0][1]:.3f} -> {found['pass@1'][-1][1]:.3f}"
         print(f"{kind} {recipe} seed {seed}: pass@1 {shown}, alarms {found['alarms']}", flush=True)
-    print(f"{max(0, len(todo) - limit)} runs remain")
+    print(f"{len(todo)} runs remain")
 
 
 def table(results: Path) -> None:
@@ -144,7 +147,7 @@ def main() -> None:
     parser.add_argument("what", choices=("collapse", "healthy", "overhead", "table"))
     parser.add_argument("--results", type=Path, default=Path("sentinel.jsonl"))
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--runs", type=int, default=1_000)
+    parser.add_argument("--seconds", type=float, default=1e9, help="no run is started after so many seconds")
     parser.add_argument("--steps", type=int, default=6)
     call = parser.parse_args()
     if call.what == "overhead":
@@ -152,7 +155,7 @@ def main() -> None:
     elif call.what == "table":
         table(call.results)
     else:
-        make(call.what, call.seeds, call.results, call.runs)
+        make(call.what, call.seeds, call.results, call.seconds)
 
 
 if __name__ == "__main__":

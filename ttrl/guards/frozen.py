@@ -20,6 +20,8 @@ from ttrl.types import Scored
 
 UPDATE_DROP: Bounds = (0.02, 0.04)
 """Fall of the log-prob per token of what the start model's majorities said, by one update, in nats."""
+PROBE_Z = 2.0
+"""Standard errors over probes that both bounds need. Nothing is sampled, so this is not about chance: a few probes shall not decide."""
 UNLIKELY: Bounds = (0.15, 0.3)
 """The same since the start. Wider: a long run may find other words for the same answers."""
 SHORTCUT: float = math.log(10.0)
@@ -112,7 +114,7 @@ def falls_of(probes: Sequence[Probe], score: ScoreText) -> tuple[tuple[float, ..
     return tuple(falls), [Reading(name="shortcut", value=ratio, warn=SHORTCUT, alarm=None)]
 
 
-def frozen_view(probes: Sequence[Probe], falls: Sequence[float], before: Sequence[float], z: Bounds) -> list[Reading]:
+def frozen_view(probes: Sequence[Probe], falls: Sequence[float], before: Sequence[float]) -> list[Reading]:
     """`update_drop` and `unlikely`: mean of the falls over those `before` the update, and over the start; standard errors over
     probes."""
     if len(probes) < MIN_PROMPTS:
@@ -123,7 +125,7 @@ def frozen_view(probes: Sequence[Probe], falls: Sequence[float], before: Sequenc
         ("unlikely", UNLIKELY, np.asarray(falls)),
     ):
         error = float(np.std(values, ddof=1) / math.sqrt(len(values)))
-        warn, alarm = (max(e, z_ * error) for e, z_ in zip(effect, z, strict=True))
+        warn, alarm = (max(e, PROBE_Z * error) for e in effect)
         who = frozenset(p.prompt_id for p, value in zip(probes, values, strict=True) if value > effect[0])
         readings.append(Reading(name=name, value=float(values.mean()), warn=warn, alarm=alarm, prompts=who))
     return readings

@@ -305,7 +305,8 @@ class Keeper:
                 metrics.min(f"guard_bound/{reading.name}", reading.alarm if reading.alarm is not None else reading.warn)
             if judgement.score is not None:
                 metrics.max("guard/score", judgement.score.value)
-        for name, value in (("actions", held.actions), ("lr_factor", held.lr_factor), ("frozen", len(held.frozen))):
-            metrics.max(f"guard/{name}", float(value))
+        metrics.max("guard/actions", float(held.actions))
+        metrics.max("guard/frozen", float(len(held.frozen)))
+        metrics.min("guard/lr_factor", held.lr_factor)
         if held.latest is not None:
             metrics.max("guard/healthy_step", float(held.latest.step))

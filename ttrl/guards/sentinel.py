@@ -98,7 +98,7 @@ class Sentinel:
         memory = self._memory
         falls, moved = falls_of(memory.probes, view.score)
         before = memory.falls[-1][1] if memory.falls else (0.0,) * len(falls)
-        found = [*frozen_view(memory.probes, falls, before, self._z), *moved]
+        found = [*frozen_view(memory.probes, falls, before), *moved]
         readings = [r for r in found if r.name not in self._ignore]
         memory.falls = [*memory.falls, (view.step + 1, falls)][-KEPT_FALLS:]
         memory.looked = sum(r.level > Level.OK for r in readings)
