@@ -22,7 +22,7 @@ from ttrl.evaluate.book import EvaluationBook
 from ttrl.evaluate.evaluator import Evaluation
 from ttrl.metrics import MetricSet, require_finite
 from ttrl.protocols import Stateful, Trainer
-from ttrl.rundir import CHECKPOINTS, EVAL, GROUPS, METRICS, MODEL, RunDir
+from ttrl.rundir import CHECKPOINTS, EVAL, EVENTS, GROUPS, METRICS, MODEL, RunDir
 from ttrl.seeds import generator
 from ttrl.sinks import Sink
 from ttrl.stepmetrics import share_histogram
@@ -97,8 +97,9 @@ class Journal:
         self._store = CheckpointStore(run.path / CHECKPOINTS, recipe.checkpoint.keep)
 
     def step(
-        self, step: int, metrics: MetricSet, stats: StepStats | None, clock: StepClock, scored: Sequence[Scored]
-    ) -> None:
+        self, step: int, metrics: MetricSet, stats: StepStats | None, clock: StepClock, scored: Sequence[Scored],
+        events: Sequence[str] = (),
+    ) -> None:  # fmt: skip
         """One object in metrics.jsonl, some groups in groups.jsonl. Raises FloatingPointError for a number that is not finite."""
         values = metrics.values()
         if stats is not None:
@@ -120,6 +121,7 @@ class Journal:
             "step": step,
             **dict(sorted(values.items())),
             "reward/share_histogram": share_histogram(scored),
+            **({EVENTS: list(events)} if events else {}),
         }
         self._run.append(METRICS, {**record, **{name: round(value, 6) for name, value in timed.items()}})
         chosen = generator(self._recipe.seed, "shown", step).permutation(len(scored))[
@@ -129,6 +131,13 @@ class Journal:
             self._run.append(GROUPS, group_record(step, scored[index]))
         for sink in self._sinks:
             sink.step(step, {**values, **timed})
+        for event in events:
+            self.note(step, event)
+
+    def note(self, step: int, text: str) -> None:
+        """Show what a guard says; events of a step are in metrics.jsonl too."""
+        for sink in self._sinks:
+            sink.note(step, text)
 
     def evaluation(self, evaluation: Evaluation) -> None:
         """One object in eval.jsonl."""

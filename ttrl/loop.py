@@ -6,11 +6,11 @@ Labels do not occur here. Evaluators are closed boxes that return numbers.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 
 from ttrl.contract import Blame, check_samples, check_scored
-from ttrl.errors import GuardStop
+from ttrl.errors import GuardStop, StopRequested
 from ttrl.flow import Flow, InStep, RunAhead
 from ttrl.journal import Journal, Progress, StepClock, recall, remember
 from ttrl.metrics import MetricSet
@@ -28,6 +28,8 @@ def train(parts: Parts, journal: Journal, progress: Progress) -> None:
     Raises StopRequested (user), GuardStop (nothing left to train on), EngineError, FloatingPointError, and what plug-ins raise.
     After a stop, weights and `progress` are those of the last completed step; after a failure only checkpoints are.
     """
+    if parts.guards.stopped:
+        raise GuardStop(parts.guards.stopped)
     evaluate_if_due(parts, journal, progress)
     flow = make_flow(parts, progress.step)
     try:
@@ -51,20 +53,53 @@ def one_step(parts: Parts, flow: Flow, journal: Journal, progress: Progress) -> 
         with clock("reward"):
             scored = [score(parts, group, step) for group in drawn.groups]
         metrics.merge(reward_metrics(scored, progress.flips(scored)))
-        samples = [sample for item in admit(parts, scored, metrics) for sample in to_samples(parts, item)]
+        with clock("guard"):  # before anything is trained on the groups: they tell what the weights have become
+            ruling = parts.guards.rule(step, scored, metrics)
+        admitted = admit(parts, ruling.admitted(scored, metrics), metrics)
+        samples = [sample for item in admitted for sample in to_samples(parts, item)]
         with clock("train"), nullcontext() if recipe.rollout.ahead else parts.pool.released():
             stats = update(parts, step, samples)
+        with clock("guard"):  # before anybody samples from the new weights
+            verdict = parts.guards.inspect(step, scored, stats, metrics)
         with clock("sync"):
-            flow.publish(step + 1, stats)
+            if ruling.restored or verdict.restored:
+                if stats is not None:
+                    parts.link.check_on_policy(stats)
+                parts.link.sync_restored(moved=ruling.moved or verdict.moved)
+            else:
+                flow.publish(step + 1, stats)
         progress.advance(scored, stats, clock.total())
     for name, count in parts.pool.events().items():
         metrics.sum(name, count)
-    journal.step(step, metrics, stats, clock, scored)
+    journal.step(step, metrics, stats, clock, scored, (*ruling.events, *verdict.events))
+    if reason := ruling.stop or verdict.stop:
+        raise GuardStop(reason)
     if progress.empty_steps >= recipe.max_empty_steps:
         raise GuardStop(f"{progress.empty_steps} steps in a row had nothing to train on; the dropped/ metrics say why")
+    if progress.step == recipe.steps:
+        hand_over(parts, journal, progress)
     evaluate_if_due(parts, journal, progress)
     if is_due(progress.step, recipe.checkpoint.every, recipe.steps):
         journal.checkpoint(parts.trainer, parts.memory, progress)
+
+
+def hand_over(parts: Parts, journal: Journal, progress: Progress) -> None:
+    """Trainer and engines get the weights that the guards trust most, so that these are evaluated and exported."""
+    ruling = parts.guards.settle(progress.step)
+    if ruling.restored:
+        parts.link.sync_restored(moved=ruling.moved)
+    for event in ruling.events:
+        journal.note(progress.step, event)
+
+
+def conclude(parts: Parts, journal: Journal, progress: Progress, reason: str) -> None:
+    """After a GuardStop. A run with guards hands over its best weights, measured like those of a completed run."""
+    if not parts.guards.acts:
+        return
+    parts.guards.stop(reason)
+    hand_over(parts, journal, progress)
+    with suppress(StopRequested):  # a resume makes up for it
+        evaluate(parts, journal, progress)
 
 
 def make_flow(parts: Parts, first: int) -> Flow:
@@ -153,8 +188,12 @@ def evaluate_if_due(parts: Parts, journal: Journal, progress: Progress) -> None:
     """Before, after and in between. A split that was already evaluated at this step is not evaluated again, so a run that was
     stopped in the middle of an evaluation catches up when it is resumed."""
     settings = parts.recipe.eval
-    if progress.step and not is_due(progress.step, settings.every, parts.recipe.steps):
-        return
+    if not progress.step or is_due(progress.step, settings.every, parts.recipe.steps):
+        evaluate(parts, journal, progress)
+
+
+def evaluate(parts: Parts, journal: Journal, progress: Progress) -> None:
+    """Every split that was not evaluated at this step yet."""
     for evaluator in parts.evaluators:
         if not journal.book.has(evaluator.split, progress.step):
             with journal.phase(f"evaluating {evaluator.split}"):

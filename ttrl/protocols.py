@@ -324,9 +324,14 @@ class Trainer(Protocol):
 
     def load(self, path: Path) -> None: ...
 
+    def restore(self, path: Path, *, version: int) -> None:
+        """Back to an earlier `save`; `version`, larger than any before, tells the engines that this is news."""
+
+    def scale_lr(self, factor: float) -> None:
+        """Multiply the learning rate of all later updates. `save` stores the product of all factors."""
+
     def export(self, path: Path) -> None:
         """The adapted model, loadable with transformers."""
-        ...
 
     def close(self) -> None:
         """Ends what the trainer started; nothing for one that lives in this process."""

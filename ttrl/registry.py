@@ -51,6 +51,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
     "advantage": {"grpo": "ttrl.trainers.advantages:grpo", "dr_grpo": "ttrl.trainers.advantages:dr_grpo"},
     "loss": {"clip": "ttrl.trainers.losses.clip:ClipLoss", "tis": "ttrl.trainers.losses.tis:TISLoss"},
     "stabilizer": {"kl": "ttrl.trainers.losses.kl:KLAnchor"},
+    "guard": {"sentinel": "ttrl.guards.sentinel:Sentinel"},
     "parameters": {"full": "ttrl.trainers.parameters:Full", "lora": "ttrl.trainers.parameters:LoRA"},
     "backend": {"deepspeed": "ttrl.trainers.backends:deepspeed", "torch": "ttrl.trainers.backends:torch"},
 }

@@ -18,8 +18,9 @@ from ttrl.evaluate.book import EvaluationBook
 from ttrl.evaluate.digest import digest, entries, line_to_beat
 from ttrl.evaluate.seal import label_files, sealed
 from ttrl.failures import describe
+from ttrl.guards import Keeper
 from ttrl.journal import Journal, Progress
-from ttrl.loop import train
+from ttrl.loop import conclude, train
 from ttrl.report import write_report
 from ttrl.resume import continuation, note_resume, same_inputs
 from ttrl.room import check_memory
@@ -94,6 +95,7 @@ def _run(
         try:
             if resume:
                 progress = journal.resume(parts.trainer, parts.memory)
+                parts.guards.forget_from(progress.step)
                 outcome.seconds_before = progress.seconds
                 parts.link.sync(None)
                 found = [f"{name} was damaged and not used" for name in journal.damaged] + list(changes)
@@ -104,7 +106,12 @@ def _run(
             journal.export(parts.trainer)
             outcome.status = COMPLETED
         except (StopRequested, GuardStop) as stop:
+            if isinstance(stop, GuardStop):
+                conclude(parts, journal, progress, str(stop))
             journal.checkpoint(parts.trainer, parts.memory, progress)
+            parts.guards.settle(
+                progress.step
+            )  # a checkpoint goes on where the run was, the model is what can be trusted
             journal.export(parts.trainer)
             outcome.status, outcome.reason, outcome.guard = STOPPED, str(stop), isinstance(stop, GuardStop)
             outcome.signal = stop.signal if isinstance(stop, StopRequested) else 0
@@ -113,7 +120,7 @@ def _run(
             if error is not None:
                 outcome.reason = describe(error)
             try:
-                _conclude(checked, directory, progress, journal.book, outcome)
+                _conclude(checked, directory, progress, journal.book, outcome, parts.guards)
             except OSError as second:  # of a full disk the first error tells more
                 if error is None:
                     raise
@@ -132,7 +139,9 @@ def _journal(recipe: Recipe, directory: RunDir, console: Console) -> Iterator[Jo
             sink.close()
 
 
-def _conclude(checked: Checked, directory: RunDir, progress: Progress, book: EvaluationBook, outcome: Outcome) -> None:
+def _conclude(
+    checked: Checked, directory: RunDir, progress: Progress, book: EvaluationBook, outcome: Outcome, guards: Keeper
+) -> None:
     """ledger.jsonl, evaluations.json, summary.json, report.html."""
     recipe = checked.recipe
     directory.write_lines(LEDGER, [entry.record() for entry in entries(book, "adapted")])
@@ -143,6 +152,7 @@ def _conclude(checked: Checked, directory: RunDir, progress: Progress, book: Eva
         "name": recipe.name,
         "steps": progress.step,
         "labels_in_training": checked.labels_in_training,
+        "guards": guards.summary(),
         **digest(book, "adapted", recipe.seed),
         "heldout": digest(book, "heldout", recipe.seed) if recipe.eval.heldout is not None else None,
         "tokens": {"rollout": progress.rollout_tokens, "train": progress.train_tokens},

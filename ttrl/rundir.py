@@ -20,6 +20,8 @@ RECIPE, METRICS, EVAL, GROUPS = "recipe.yaml", "metrics.jsonl", "eval.jsonl", "g
 LEDGER, SUMMARY, REPORT, CHECKPOINTS, MODEL = "ledger.jsonl", "summary.json", "report.html", "checkpoints", "model"
 LOCK, TENSORBOARD, EVALUATIONS = ".lock", "tensorboard", "evaluations.json"
 WRITTEN = (RECIPE, METRICS, EVAL, GROUPS, LEDGER, EVALUATIONS, SUMMARY, REPORT, CHECKPOINTS, MODEL)
+EVENTS = "guard/events"
+"""Key in metrics.jsonl: what guards said of a step, in words."""
 STEPPED = (METRICS, EVAL, GROUPS)
 """Files with one object per step, cut back to the checkpoint when a run is resumed."""
 

@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ttrl.cluster import Cluster, check_cluster, connect
@@ -17,6 +18,7 @@ from ttrl.config.schema import Plug, PromptSet, Recipe
 from ttrl.errors import ConfigError
 from ttrl.evaluate.evaluator import Evaluator, check_labels
 from ttrl.evaluate.labels import read_labels
+from ttrl.guards import Keeper, build_guards
 from ttrl.model_path import check_model_path
 from ttrl.prompts import PromptRecord, check_room, read_prompts, tokenize
 from ttrl.protocols import (
@@ -34,6 +36,7 @@ from ttrl.protocols import (
 )  # fmt: skip
 from ttrl.registry import build, check, resolve
 from ttrl.rewards.reader import AnswerReader
+from ttrl.rundir import CHECKPOINTS
 from ttrl.sinks import check_sinks
 from ttrl.templates import check_template, describe
 from ttrl.trainers.dsconfig import check_deepspeed
@@ -72,6 +75,7 @@ class Parts:
     objective: Objective
     trainer: Trainer
     link: WeightLink
+    guards: Keeper
     evaluators: tuple[Evaluator, ...]
     """the adapted prompts first, then the held-out ones"""
     ending: ExitStack
@@ -80,13 +84,21 @@ class Parts:
     @property
     def memory(self) -> dict[str, Stateful]:
         """Every part besides the trainer that remembers something across steps, under the name that checkpoints know it by."""
-        named: dict[str, Any] = {"source": self.source, "sampler": self.sampler, "reward": self.reward}
-        named |= {"objective": self.objective} | {f"gate {i}": gate for i, gate in enumerate(self.gates)}
-        return {name: part for name, part in named.items() if isinstance(part, Stateful)}
+        memory = remembering(self.source, self.sampler, self.reward, self.objective, self.gates)
+        return {**memory, "guards": self.guards} if self.recipe.guards else memory
 
     def close(self) -> None:
         """Ends what assemble started."""
         self.ending.close()
+
+
+def remembering(
+    source: Source, sampler: Sampler, reward: Reward, objective: Objective, gates: Sequence[Gate]
+) -> dict[str, Stateful]:
+    """Those of the parts that remember something, by name. A rollback of the guards takes them back too."""
+    named: dict[str, Any] = {"source": source, "sampler": sampler, "reward": reward, "objective": objective}
+    named |= {f"gate {i}": gate for i, gate in enumerate(gates)}
+    return {name: part for name, part in named.items() if isinstance(part, Stateful)}
 
 
 def check_recipe(recipe: Recipe) -> Checked:
@@ -109,6 +121,7 @@ def check_recipe(recipe: Recipe) -> Checked:
         attempt(lambda slot=slot, plug=plug: build(slot, plug))  # type: ignore[misc]
     if recipe.trainer.backend.use == "deepspeed":
         attempt(lambda: check_deepspeed(recipe))
+    attempt(lambda: build_guards(recipe))
     attempt(lambda: check_sinks(recipe))
     attempt(lambda: check_cluster(recipe.cluster))
     if reward is not None and recipe.rollout.votes_per_prompt < reward.min_votes:
@@ -176,11 +189,13 @@ def _assemble(checked: Checked, check_stop: StopCheck, ending: ExitStack) -> Par
         )
     canary = canary_text(prompts, pool.max_positions)
     rollout = recipe.rollout
+    sampler = build_sampler(recipe, checked.reward, checked.reader)
+    gates: tuple[Gate, ...] = tuple(build("gate", plug) for plug in recipe.gates)
     return Parts(
         recipe=recipe,
         prompts={prompt.id: prompt for prompt in prompts},
         source=checked.source,
-        sampler=build_sampler(recipe, checked.reward, checked.reader),
+        sampler=sampler,
         pool=pool,
         spec=SamplingSpec(
             max_new_tokens=rollout.max_new_tokens, temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k,
@@ -188,10 +203,15 @@ def _assemble(checked: Checked, check_stop: StopCheck, ending: ExitStack) -> Par
             self_certainty="self_certainty" in checked.reward.needs,
         ),
         reward=checked.reward,
-        gates=tuple(build("gate", plug) for plug in recipe.gates),
+        gates=gates,
         objective=setup.objective,
         trainer=trainer,
         link=WeightLink(trainer, pool, canary, exact=recipe.model.dtype == "float32"),
+        guards=Keeper(
+            build_guards(recipe), trainer,
+            remembering(checked.source, sampler, checked.reward, setup.objective, gates),
+            lambda ids: tokenizer.decode(ids, skip_special_tokens=True), Path(recipe.output) / CHECKPOINTS,
+        ),
         evaluators=_evaluators(checked, prompts, heldout),
         ending=ending.pop_all(),
     )  # fmt: skip

@@ -31,6 +31,10 @@ class Sink(Protocol):
 
     def step(self, step: int, values: Mapping[str, float]) -> None: ...
 
+    def note(self, step: int, text: str) -> None:
+        """Something out of the ordinary happened in a step."""
+        ...
+
     def evaluation(self, evaluation: Evaluation) -> None: ...
 
     def close(self) -> None: ...
@@ -78,6 +82,9 @@ class ConsoleSink:
         self._console.print(f"{step:>4}  " + "  ".join(cells), highlight=False)
         self._progress.update(self._task, completed=step + 1, description="training")
 
+    def note(self, step: int, text: str) -> None:
+        self._console.print(f"{step:>4}  {text}", style="bold yellow", highlight=False, markup=False)
+
     def evaluation(self, evaluation: Evaluation) -> None:
         shown = [f"{name} {show(e)}" for name, e in evaluation.estimates.items() if name not in ("answered", "length")]
         when = f"after {evaluation.step} steps" if evaluation.step else "before training"
@@ -113,6 +120,9 @@ class TensorBoardSink:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
+    def note(self, step: int, text: str) -> None:
+        self._writer.add_text("guard/events", text, step)
+
     def evaluation(self, evaluation: Evaluation) -> None:
         for name, estimate in evaluation.estimates.items():
             self._writer.add_scalar(f"eval/{evaluation.split}/{name}", estimate.value, evaluation.step)
@@ -135,6 +145,9 @@ class WandbSink:
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)
+
+    def note(self, step: int, text: str) -> None:
+        self._run.alert(title=f"step {step}", text=text)
 
     def evaluation(self, evaluation: Evaluation) -> None:
         values = {f"eval/{evaluation.split}/{name}": estimate.value for name, estimate in evaluation.estimates.items()}

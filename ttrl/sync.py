@@ -8,7 +8,7 @@ what the engine computes with. That they are the trainer's weights is the canary
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -43,6 +43,10 @@ class WeightLink:
     def sync(self, stats: StepStats | None) -> None:
         """Trainer to engines now, one bucket at a time. Raises EngineError when the weights did not arrive as they are."""
         self.install(self._publish(stats))
+
+    def sync_restored(self, *, moved: bool) -> None:
+        """The same after the trainer went back to earlier weights; `moved`: they are not those the engines have."""
+        self.install(replace(self._publish(None), must_move=moved and self._exact))
 
     def keep(self, stats: StepStats | None) -> Published:
         """A copy for `install` at a later time."""

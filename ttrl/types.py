@@ -73,7 +73,8 @@ class Finish(enum.Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightStamp:
-    """Which weights made something. `version` is the number of training steps done, `fingerprint` hashes the tensors."""
+    """Which weights made something. `version` grows with every change: it is the number of training steps done, and one more per
+    return to earlier weights. `fingerprint` hashes the tensors."""
 
     version: int
     fingerprint: str

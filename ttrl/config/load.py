@@ -26,7 +26,7 @@ _FILE_KEYS: tuple[KeyPath, ...] = (
 )  # fmt: skip
 _PLUG_KEYS = frozenset(
     (
-        "use", "source", "sampler", "engine", "reward", "gates", "objective", "advantage", "loss", "stabilizers", "backend",
+        "use", "source", "sampler", "engine", "reward", "gates", "objective", "advantage", "loss", "stabilizers", "guards", "backend",
         "parameters", "function",
     )
 )  # fmt: skip

@@ -260,6 +260,7 @@ class Recipe(Section):
     gates: tuple[Plug, ...] = ()
     objective: Plug = _plug("grpo")
     stabilizers: tuple[Plug, ...] = ()
+    guards: tuple[Plug, ...] = Field((), description="watch the run without labels; see docs/guards.md")
     trainer: TrainerSection = TrainerSection()
     eval: EvalSection = EvalSection()
     log: LogSection = LogSection()

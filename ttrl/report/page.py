@@ -10,12 +10,13 @@ from typing import Any
 from ttrl.config import Recipe, load_recipe
 from ttrl.evaluate.seal import label_files
 from ttrl.report.plots import accuracy, curve, share_map
-from ttrl.rundir import EVAL, GROUPS, LEDGER, METRICS, RECIPE, REPORT, RunDir
+from ttrl.rundir import EVAL, EVENTS, GROUPS, LEDGER, METRICS, RECIPE, REPORT, RunDir
 from ttrl.stamp import from_comments
 
 MAX_GROUPS = 24
 MAX_LEDGER_ROWS = 500
 MAX_TEXT = 4_000
+MAX_EVENTS = 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +74,9 @@ def _content(run: RunDir) -> dict[str, Any]:
         "ledger_total": len(entries),
         "groups": [_clipped(group) for group in _spread(list(run.lines(GROUPS)))],
         "dropped": _dropped(metrics),
+        "guarded": _guarded(summary),
+        "events": [(row["step"], event) for row in metrics for event in row.get(EVENTS, ())][:MAX_EVENTS],
+        "signals": _signals(metrics),
     }
 
 
@@ -176,7 +180,8 @@ def _trained_on(recipe: Recipe, *, labels: bool) -> str:
 def _parts(recipe: Recipe) -> list[tuple[str, str]]:
     plugs = [("sampler", recipe.rollout.sampler), ("engine", recipe.rollout.engine), ("reward", recipe.reward)]
     plugs += [("gate", plug) for plug in recipe.gates] + [("objective", recipe.objective)]
-    plugs += [("stabilizer", plug) for plug in recipe.stabilizers] + [("parameters", recipe.trainer.parameters)]
+    plugs += [("stabilizer", plug) for plug in recipe.stabilizers]
+    plugs += [("guard", plug) for plug in recipe.guards] + [("parameters", recipe.trainer.parameters)]
     return [(slot, plug.use + (f" {plug.options}" if plug.options else "")) for slot, plug in plugs]
 
 
@@ -204,9 +209,37 @@ def _figures(
         curve(metrics, {"train/entropy": "entropy (nats)"}, "Entropy of the policy"),
         curve(metrics, {"train/kl": "KL to the start model"}, "Distance from the start model"),
         curve(metrics, {"train/grad_norm": "before clipping"}, "Gradient norm"),
+        curve(metrics, {"guard/unlikely": "start majorities less likely (nats per token)", "guard/forgotten": "their share lost",
+                        "guard/flips_first": "changed since the first visit"}, "What the guard sees (no labels)"),
     ]  # fmt: skip
     # The SVGs hold numbers and the fixed titles above, nothing a model wrote
     return [Markup(figure) for figure in figures if figure is not None]
+
+
+def _guarded(summary: Mapping[str, Any]) -> str:
+    """What became of a guarded run, in a sentence; empty for a run without guards."""
+    found = summary.get("guards")
+    if not found:
+        return ""
+    actions = f"{found['actions']} actions were taken, the learning rate ended at x{found['lr_factor']:g}."
+    if found["model_after_steps"] is None:
+        return f"{actions} The model is that of the last step."
+    score = found["score"]
+    said = "no score, since no prompt came twice" if score is None else f"score {score['value']:+.3f} without labels"
+    return f"{actions} model/ has the weights of {found['model_after_steps']} completed steps ({said})."
+
+
+def _signals(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str, str]]:
+    """(signal, largest value, the step of it, its bound in that step), for every signal that was read."""
+    rows = []
+    names = sorted(
+        {key.removeprefix("guard_bound/") for row in metrics for key in row if key.startswith("guard_bound/")}
+    )
+    for name in names:
+        read = [row for row in metrics if f"guard_bound/{name}" in row]
+        worst = max(read, key=lambda row: row[f"guard/{name}"])
+        rows.append((name, f"{worst[f'guard/{name}']:.3f}", str(worst["step"]), f"{worst[f'guard_bound/{name}']:.3f}"))
+    return rows
 
 
 def _spread(groups: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
