@@ -333,6 +333,10 @@ def interrupted(
     resumed.load(saved)
     assert resumed.version == 2
     now = {n: t.float().numpy() for n, t in weights_of(resumed).items()}
+    resumed.scale_lr(0.5)
+    assert resumed.part(2, dealt[2][place.rank]).lr == 0.5 * one[0].lr
+    resumed.restore(saved, version=9)  # moments and learning rate go back too, the version does not
+    assert resumed.version == 9
     two = [resumed.part(step, dealt[step][place.rank]) for step in (2, 3)]
     got = {n: t.float().numpy() for n, t in weights_of(resumed).items()}
     resumed.close()

@@ -129,6 +129,12 @@ def test_ranks_train_send_weights_save_and_export_as_one_trainer(
     two.load(tmp_path)
     assert two.version == 2
     assert two.step(2, [batches(2)]) == after
+    two.restore(tmp_path, version=9)
+    assert two.version == two.weights().version == 9
+    two.scale_lr(0.5)
+    assert two.step(2, [batches(2)]).lr == 0.5 * after.lr
+    two.restore(tmp_path, version=10)
+    assert two.step(2, [batches(2)]) == after
     (tmp_path / "model").mkdir()
     two.export(tmp_path / "model")
     from transformers import AutoModelForCausalLM

@@ -44,6 +44,7 @@ class DeepSpeedTrainer:
 
     def __init__(self, setup: TrainerSetup, place: Place | None = None, store: Any = None) -> None:
         self.version = 0
+        self._lr_factor = 1.0
         self._setup, self._settings = setup, setup.trainer
         self._place = place or Place(seconds=float(setup.cluster.call_seconds))
         gpu = wants_gpu(setup.model.device)
@@ -119,7 +120,7 @@ class DeepSpeedTrainer:
             dist.all_reduce(loss)
             where = f"step {step}, update {number}"
             require_finite({"train/loss": float(loss)}, where)
-            scale = lr_scale(
+            scale = self._lr_factor * lr_scale(
                 step * self._settings.updates_per_step + number,
                 self._setup.steps * self._settings.updates_per_step,
                 schedule=self._settings.schedule, warmup=self._settings.warmup, min_ratio=self._settings.min_lr_ratio,
@@ -218,9 +219,8 @@ class DeepSpeedTrainer:
 
         write(self._engine, path, self._place.rank)
         if self._place.rank == 0:
-            (path / STATE).write_text(
-                json.dumps({"version": self.version, **self._arrangement()}) + "\n", encoding="utf-8"
-            )
+            numbers = {"version": self.version, "lr_factor": self._lr_factor}
+            (path / STATE).write_text(json.dumps({**numbers, **self._arrangement()}) + "\n", encoding="utf-8")
         dist.barrier()
 
     def load(self, path: Path) -> None:
@@ -238,7 +238,18 @@ class DeepSpeedTrainer:
                     "a new run"
                 )
         read(self._engine, path, self._place.rank)
-        self.version = int(state["version"])
+        self.version, self._lr_factor = int(state["version"]), float(state.get("lr_factor", 1.0))
+
+    def restore(self, path: Path, *, version: int) -> None:
+        """Weights, moments and learning-rate factor as `save` stored them; only the version goes on."""
+        assert version > self.version, f"version {version} would not follow {self.version}"
+        self.load(path)
+        self.version = version
+
+    def scale_lr(self, factor: float) -> None:
+        """Of all later updates, until a `load` or `restore` says otherwise."""
+        assert factor > 0, f"a learning rate cannot be multiplied by {factor}"
+        self._lr_factor *= factor
 
     def _arrangement(self) -> dict[str, Any]:
         """What a state depends on."""

@@ -85,6 +85,14 @@ class RankActor:
         self._ours.load(path)
         return self._ours.version
 
+    def restore(self, path: Path, version: int) -> int:
+        """Returns the version."""
+        self._ours.restore(path, version=version)
+        return self._ours.version
+
+    def scale_lr(self, factor: float) -> None:
+        self._ours.scale_lr(factor)
+
     def export(self, path: Path) -> None:
         self._ours.export(path)
 

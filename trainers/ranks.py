@@ -131,6 +131,14 @@ class RankGroup:
         """Raises ValueError for a state of another arrangement of ranks."""
         self.version = self._everyone("load", "loading the trainer", path.absolute())[0]
 
+    def restore(self, path: Path, *, version: int) -> None:
+        """Raises ConfigError for a state of another arrangement of ranks."""
+        self.version = self._everyone("restore", "restoring the trainer", path.absolute(), version)[0]
+
+    def scale_lr(self, factor: float) -> None:
+        """On every rank."""
+        self._everyone("scale_lr", "changing the learning rate", factor)
+
     def export(self, path: Path) -> None:
         """Written by rank 0."""
         self._everyone("export", "exporting the model", path.absolute())
@@ -155,10 +163,9 @@ class RankGroup:
         """A collective inside the call ends first, and says which rank waited."""
         return float(self._section.call_seconds) + GRACE_SECONDS
 
-    def _everyone(self, method: str, what: str, path: Path) -> list[Any]:
-        return self._results(
-            [getattr(actor, method).remote(path) for actor in self._running(what)], self._seconds, what
-        )
+    def _everyone(self, method: str, what: str, *arguments: object) -> list[Any]:
+        refs = [getattr(actor, method).remote(*arguments) for actor in self._running(what)]
+        return self._results(refs, self._seconds, what)
 
     def _results(self, refs: list[Any], seconds: float, what: str, *, may_stop: bool = False) -> list[Any]:
         """Of one call, in the order of the ranks. After any failure the ranks are out of step, so all of them are ended."""

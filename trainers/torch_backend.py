@@ -28,6 +28,7 @@ class TorchTrainer:
 
     def __init__(self, setup: TrainerSetup) -> None:
         self.version = 0
+        self._lr_factor = 1.0
         self._setup, self._settings = setup, setup.trainer
         self._master = setup.model.model_copy(update={"dtype": "float32"})
         self._model = load_model(self._master)
@@ -64,7 +65,7 @@ class TorchTrainer:
                 tokens += self._loss.computed(batch)
             current = float(torch.nn.utils.clip_grad_norm_(self._trained.values(), self._settings.grad_clip))
             require_finite({"train/loss": loss, "train/grad_norm": current}, f"step {step}, update {number}")
-            scale = lr_scale(
+            scale = self._lr_factor * lr_scale(
                 step * self._settings.updates_per_step + number,
                 self._setup.steps * self._settings.updates_per_step,
                 schedule=self._settings.schedule, warmup=self._settings.warmup, min_ratio=self._settings.min_lr_ratio,
@@ -113,7 +114,8 @@ class TorchTrainer:
             for key, value in self._optimizer.state.get(parameter, {}).items()
         }
         save_file(moments, path / "optimizer.safetensors")
-        (path / "trainer.json").write_text(json.dumps({"version": self.version}) + "\n")
+        numbers = {"version": self.version, "lr_factor": self._lr_factor}
+        (path / "trainer.json").write_text(json.dumps(numbers) + "\n")
 
     @torch.no_grad()
     def load(self, path: Path) -> None:
@@ -127,7 +129,19 @@ class TorchTrainer:
             name, _, key = joined.rpartition("|")
             state = self._optimizer.state[self._trained[name]]
             state[key] = value.reshape(()) if key == "step" else value.to(self._model.device)
-        self.version = int(json.loads((path / "trainer.json").read_text())["version"])
+        numbers = json.loads((path / "trainer.json").read_text())
+        self.version, self._lr_factor = int(numbers["version"]), float(numbers.get("lr_factor", 1.0))
+
+    def restore(self, path: Path, *, version: int) -> None:
+        """Weights, moments and learning-rate factor as `save` stored them; only the version goes on."""
+        assert version > self.version, f"version {version} would not follow {self.version}"
+        self.load(path)
+        self.version = version
+
+    def scale_lr(self, factor: float) -> None:
+        """Of all later updates, until a `load` or `restore` says otherwise."""
+        assert factor > 0, f"a learning rate cannot be multiplied by {factor}"
+        self._lr_factor *= factor
 
     def export(self, path: Path) -> None:
         """The adapted model and its tokenizer as a plain transformers folder, in the recipe's dtype."""

@@ -323,6 +323,15 @@ class Trainer(Protocol):
 
     def load(self, path: Path) -> None: ...
 
+    def restore(self, path: Path, *, version: int) -> None:
+        """Go back to the weights, moments and learning-rate factor of an earlier `save`, while the count of versions goes on: the
+        engines must take what was restored for news. `version` is larger than any before."""
+        ...
+
+    def scale_lr(self, factor: float) -> None:
+        """Multiply the learning rate of all later updates; `save` stores the product of all factors."""
+        ...
+
     def export(self, path: Path) -> None:
         """The adapted model, loadable with transformers."""
         ...
