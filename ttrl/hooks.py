@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from ttrl.metrics import MetricSet
 from ttrl.protocols import ForwardOut, LossOut, TensorBatch
+from ttrl.types import Scored
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,6 +87,21 @@ class Trained(Protocol):
     def reset(self) -> None:
         """Start weights and a new optimizer; every stabilizer then hears `at_start`. Needs "start_weights"."""
         ...
+
+
+@runtime_checkable
+class WeighingGate(Protocol):
+    """A gate that also says how much a group that it keeps counts."""
+
+    def weight(self, scored: Scored) -> float:
+        """Finite and not negative; the group's advantages are multiplied by it."""
+        ...
+
+
+class Stabilizer(Protocol):
+    """What holds the weights back. It has at least one of ABILITIES."""
+
+    needs: frozenset[str]
 
 
 @runtime_checkable

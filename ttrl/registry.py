@@ -45,12 +45,20 @@ BUILT_IN: dict[str, dict[str, str]] = {
     "gate": {
         "vote_share": "ttrl.gates:VoteShare",
         "answered": "ttrl.gates:Answered",
+        "reliable": "ttrl.gates:Reliable",
         "zero_variance": "ttrl.gates:ZeroVariance",
     },
     "objective": {"grpo": "ttrl.trainers.grpo:GRPO"},
     "advantage": {"grpo": "ttrl.trainers.advantages:grpo", "dr_grpo": "ttrl.trainers.advantages:dr_grpo"},
     "loss": {"clip": "ttrl.trainers.losses.clip:ClipLoss", "tis": "ttrl.trainers.losses.tis:TISLoss"},
-    "stabilizer": {"kl": "ttrl.trainers.losses.kl:KLAnchor"},
+    "stabilizer": {
+        "ema": "ttrl.trainers.stabilizers.ema:EMATeacher",
+        "fisher": "ttrl.trainers.stabilizers.fisher:FisherAnchor",
+        "grad_norm": "ttrl.trainers.stabilizers.spikes:GradNormFilter",
+        "kl": "ttrl.trainers.losses.kl:KLAnchor",
+        "reset": "ttrl.trainers.stabilizers.reset:FullReset",
+        "restore": "ttrl.trainers.stabilizers.restore:StochasticRestore",
+    },
     "parameters": {"full": "ttrl.trainers.parameters:Full", "lora": "ttrl.trainers.parameters:LoRA"},
     "backend": {"deepspeed": "ttrl.trainers.backends:deepspeed", "torch": "ttrl.trainers.backends:torch"},
 }

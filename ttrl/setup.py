@@ -38,6 +38,7 @@ from ttrl.rewards.reader import AnswerReader
 from ttrl.sinks import check_sinks
 from ttrl.templates import check_template
 from ttrl.trainers.dsconfig import check_deepspeed
+from ttrl.trainers.stabilizers.check import check_stabilizers, has_teacher
 from ttrl.types import Prompt, Rollout, SamplingSpec
 
 if TYPE_CHECKING:
@@ -75,6 +76,8 @@ class Parts:
     link: WeightLink
     evaluators: tuple[Evaluator, ...]
     """the adapted prompts first, then the held-out ones"""
+    teaching: bool
+    """Votes are drawn under the EMA teacher."""
     ending: ExitStack
     """What ends workers, ranks and a cluster of our own, in this order."""
 
@@ -105,9 +108,12 @@ def check_recipe(recipe: Recipe) -> Checked:
         attempt(lambda slot=slot, plug=plug: check(slot, plug))  # type: ignore[misc]
     reward = attempt(lambda: _reward(recipe))
     built = [("objective", recipe.objective), ("parameters", recipe.trainer.parameters)]
-    built += [("gate", plug) for plug in recipe.gates] + [("stabilizer", plug) for plug in recipe.stabilizers]
+    built += [("gate", plug) for plug in recipe.gates]
     for slot, plug in built:
         attempt(lambda slot=slot, plug=plug: build(slot, plug))  # type: ignore[misc]
+    stabilizers = [attempt(lambda plug=plug: build("stabilizer", plug)) for plug in recipe.stabilizers]  # type: ignore[misc]
+    if reward is not None and None not in stabilizers:
+        attempt(lambda: check_stabilizers(recipe, stabilizers, reward))
     if recipe.trainer.backend.use == "deepspeed":
         attempt(lambda: check_deepspeed(recipe))
     attempt(lambda: check_sinks(recipe))
@@ -194,6 +200,7 @@ def _assemble(checked: Checked, check_stop: StopCheck, ending: ExitStack) -> Par
         trainer=trainer,
         link=WeightLink(trainer, pool, canary, exact=recipe.model.dtype == "float32"),
         evaluators=_evaluators(checked, prompts, heldout),
+        teaching=has_teacher(setup.stabilizers),
         ending=ending.pop_all(),
     )  # fmt: skip
 
