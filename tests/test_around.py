@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -136,8 +137,6 @@ def test_a_spike_is_left_out_by_the_filter(tiny_model_dir: Path) -> None:
     ours = made(tiny_model_dir, GradNormFilter(quantile=1.0, factor=1.5, warmup=2))
     run(ours, 0, 0)
     before = trained(ours)
-    from dataclasses import replace
-
     spike = [replace(item, advantages=item.advantages * 50) for item in samples(seed=1)]
     assert ours.step(2, one_update(spike, 25)).metrics["train/vetoed"] == 1.0
     assert same(trained(ours), before)
@@ -194,7 +193,7 @@ def test_the_anchor_adds_its_gradient_before_clipping(tiny_model_dir: Path, para
 
 
 def test_a_strong_anchor_holds_the_weights(tiny_model_dir: Path) -> None:
-    free, held = made(tiny_model_dir), made(tiny_model_dir, FisherAnchor(coefficient=1e4))
+    free, held = (made(tiny_model_dir, *s, steps=12) for s in ((), (FisherAnchor(coefficient=1e4),)))
     start = trained(free)
     run(free, *range(12))
     run(held, *range(12))

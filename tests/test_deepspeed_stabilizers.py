@@ -8,16 +8,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from helpers_ranks import Ranks, merged, numpied, rank_trainer
-from helpers_torch import samples, trainer, weights_of
+from helpers_torch import samples, tiny_llama, trainer, weights_of
 
+from ttrl.hooks import Part, Update
 from ttrl.trainers.packing import pack
 from ttrl.trainers.parameters import Full, LoRA
 from ttrl.trainers.process_group import Place
 from ttrl.trainers.stabilizers.ema import EMATeacher
 from ttrl.trainers.stabilizers.fisher import FisherAnchor
 from ttrl.trainers.stabilizers.reset import FullReset
-from ttrl.trainers.stabilizers.restore import StochasticRestore
+from ttrl.trainers.stabilizers.restore import StochasticRestore, drawn
 from ttrl.trainers.stabilizers.spikes import GradNormFilter
 
 LR = 1e-2
@@ -73,8 +75,8 @@ def by_torch(folder: Path, kind: str, *, lora: bool = False) -> dict[str, Any]:
 
 
 CASES = [
-    (0, "plain", False, "float32"), (0, "acting", True, "bfloat16"), (1, "acting", True, "float32"),
-    (2, "acting", False, "float32"), (2, "reset", False, "float32"), (2, "acting", False, "bfloat16"),
+    (0, "plain", False, "float32"), (0, "acting", False, "bfloat16"), (1, "acting", True, "float32"),
+    (2, "reset", False, "float32"), (2, "acting", False, "bfloat16"),
 ]  # fmt: skip
 
 
@@ -91,19 +93,27 @@ def test_two_ranks_do_what_the_torch_trainer_does(
     for what in ("weights", "teacher"):
         assert all(np.array_equal(straight[0][what][n], straight[1][what][n]) for n in straight[0][what])
     wanted = by_torch(tiny_model_dir, kind, lora=lora)
-    stats = merged(straight)
-    loose = {"rel": 1e-3, "abs": 1e-4} if dtype == "float32" else {"rel": 0.3, "abs": 0.3}
-    for got, want in zip(stats, wanted["stats"], strict=True):
+    for got, want in zip(merged(straight), wanted["stats"], strict=True):
         assert got.may_stand == want.may_stand
-        assert got.metrics.get("train/restored") == pytest.approx(want.metrics.get("train/restored"), rel=1e-6)
         if dtype == "float32":
-            assert got.metrics == pytest.approx(want.metrics, **loose)
+            assert got.metrics == pytest.approx(want.metrics, rel=1e-3, abs=1e-4)
     if kind == "plain":
         assert {want.metrics["train/vetoed"] for want in wanted["stats"]} == {0.0, 1.0}
-    bound = (0.05 if dtype == "float32" else 3.0) * LR
     for what in ("weights", "teacher"):
         assert straight[0][what].keys() == wanted[what].keys()
-        assert max(float(np.abs(straight[0][what][n] - wanted[what][n]).max()) for n in wanted[what]) < bound
+        off = {n: np.abs(straight[0][what][n] - wanted[what][n]) for n in wanted[what]}
+        # Half precision turns the sign of small gradients, and Adam makes a whole step of each: only the mean is bounded there
+        assert max(float(o.max() if dtype == "float32" else o.mean()) for o in off.values()) < 0.05 * LR * (
+            1 if dtype == "float32" else 10
+        )
+    if not lora and kind == "acting":
+        last = Update(seed=0, step=2, number=0, loss=0.0, entropy=0.0, grad_norm=1.0)
+        for name, start in tiny_llama().named_parameters():
+            whole = Part(name=name, shape=tuple(start.shape), first=0, weights=start.detach().flatten(), moments={})
+            entries = drawn(whole, 0.3, last)
+            held = start.detach().to(getattr(torch, dtype)).float().numpy().reshape(-1)
+            now = straight[0]["weights"][name].reshape(-1)
+            assert len(entries) and np.array_equal(now[entries], held[entries]) and not np.array_equal(now, held)
 
 
 def test_zero_0_alone_restores_everything_exactly(tiny_model_dir: Path) -> None:
