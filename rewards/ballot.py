@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -61,6 +61,11 @@ class Ballot:
     def decide(self, rule: VoteRule, seed: int) -> Decision:
         """The vote of the whole group."""
         return decide(self.classes, ties=rule.ties, tie_seed=seed, **rule.bounds(), **self.arguments)
+
+    def among(self, electorate: npt.NDArray[np.bool_]) -> Ballot:
+        """The same answers, of which only the electorate's [V] count as votes."""
+        classes = tuple(c if votes else NO_ANSWER for c, votes in zip(self.classes, electorate, strict=True))
+        return replace(self, classes=classes)
 
     def form(self, winner: int | None) -> str | None:
         """The canonical text of a class, None for no class."""

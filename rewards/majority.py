@@ -23,7 +23,8 @@ class MajorityVote:
     """r_i = 1 if rollout i is in the elected class, else 0. Rollouts without an answer get 0 and are trained on.
 
     `electorate`: `all` (TTRL), `leave_one_out` (everybody but i elects the label of i) or `split` (the half i is not in does;
-    halves are drawn by seed and rollout index). A rollout whose electorate abstains is not trained on. `weights`: `none`,
+    halves are drawn by seed and rollout index), or `untrained` (those that are not trained on elect one label for all; this is how
+    the votes of an EMA teacher count alone). A rollout whose electorate abstains is not trained on. `weights`: `none`,
     `logprob` exp(mean log-prob), `entropy` exp(-mean entropy), `self_certainty` (mean KL of the uniform distribution to the
     model's), `rpc` (distinct paths by probability, pruned).
     Golden example: answers 5, 5, 5, 7 -> label 5, rewards [1, 1, 1, 0], share 0.75, margin 0.5.
@@ -42,21 +43,23 @@ class MajorityVote:
         min_margin: float = 0.0,
         min_confidence: float = 0.0,
         weights: Weighting = "none",
-        electorate: Literal["all", "leave_one_out", "split"] = "all",
+        electorate: Literal["all", "leave_one_out", "split", "untrained"] = "all",
     ) -> None:
         self.reader = AnswerReader(extractor, options or {}, truncated_votes=truncated_votes)
         self._rule = VoteRule(
             ties=ties, weights=weights, min_share=min_share, min_margin=min_margin, min_confidence=min_confidence
         )
-        self._electorate: Literal["all", "leave_one_out", "split"] = electorate
+        self.electorate: Literal["all", "leave_one_out", "split", "untrained"] = electorate
         self.needs: frozenset[str] = NEEDS.get(weights, frozenset())
 
     def __call__(self, group: Group, ctx: RewardContext) -> Scored:
         ballot = open_ballot(self.reader, self._rule, group)
-        decision = ballot.decide(self._rule, ctx.seed)
+        decision = (ballot.among(~group.trainable) if self.electorate == "untrained" else ballot).decide(
+            self._rule, ctx.seed
+        )
         label = ballot.form(decision.winner)
         metrics = {"vote_confidence": decision.confidence}
-        if self._electorate == "all":
+        if self.electorate in ("all", "untrained"):
             return ballot.scored(
                 ballot.paid(label), label is not None, label=label, share=decision.share, margin=decision.margin,
                 trace=(decision.reason,), metrics=metrics,
@@ -72,7 +75,7 @@ class MajorityVote:
     def _judges(self, ballot: Ballot, ctx: RewardContext) -> list[Decision]:
         """[V] the decision that holds for each rollout."""
         options = {"ties": self._rule.ties, "tie_seed": ctx.seed, **self._rule.bounds(), **ballot.arguments}
-        if self._electorate == "leave_one_out":
+        if self.electorate == "leave_one_out":
             return leave_one_out(ballot.classes, **options)
         rollouts = ballot.group.rollouts
         order = sorted(range(len(rollouts)), key=lambda i: derive(ctx.seed, "half", rollouts[i].index))

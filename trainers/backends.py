@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from ttrl.cluster import Cluster
 from ttrl.config.schema import ClusterSection, ModelSection, Recipe, TrainerSection
-from ttrl.protocols import Objective, Stabilizer, StopCheck, Trainer
+from ttrl.hooks import Stabilizer
+from ttrl.protocols import Objective, StopCheck, Trainer
 from ttrl.registry import build
 from ttrl.trainers.parameters import Parameters
 

@@ -27,11 +27,13 @@ from ttrl.model.weights import NamedTensors
 from ttrl.protocols import WeightSource
 from ttrl.seeds import derive
 from ttrl.trainers import lockstep
+from ttrl.trainers.around import Access, Around, NoParts
 from ttrl.trainers.backends import TrainerSetup
 from ttrl.trainers.dsconfig import DEFAULT_STAGE, deepspeed_config
 from ttrl.trainers.export import export
+from ttrl.trainers.fisher_pass import squared_gradients
 from ttrl.trainers.microbatch import BatchLoss, checkpoint_layers
-from ttrl.trainers.process_group import Place, join, leave, limit_collectives, surroundings, wants_gpu
+from ttrl.trainers.process_group import Place, join, leave, limit_collectives, mean_over_ranks, surroundings, wants_gpu
 from ttrl.trainers.rankstep import RankStep, merge
 from ttrl.trainers.schedule import lr_scale
 from ttrl.types import FloatArray, IntArray, PackedBatch, StepStats
@@ -57,9 +59,11 @@ class DeepSpeedTrainer:
             checkpoint_layers(self._model)
         trained = setup.parameters.attach(self._model, derive(setup.seed, "adapters"))
         self._loss = BatchLoss(setup, self._model)
+        self._trained = trained
         self._manifest = {name: list(parameter.shape) for name, parameter in trained.items()}
         self._whole = _Whole(self._model)
         self._engine = self._initialize(self._whole, list(trained.values()))
+        self._around = Around(setup.stabilizers, setup.seed, self._access(trained) if setup.stabilizers else NoParts())
         if self._loss.needs_frozen_copy:
             self._attach_frozen_copy()
         limit_collectives(self._place.seconds)
@@ -99,6 +103,11 @@ class DeepSpeedTrainer:
         if self._stage == 3:
             self._initialize(whole, None)
 
+    def _access(self, trained: dict[str, Tensor]) -> Access:
+        from ttrl.trainers.dsparts import access
+
+        return access(self._engine, trained)
+
     def step(self, step: int, updates: Sequence[Sequence[PackedBatch]]) -> StepStats:
         """One optimizer update per inner sequence of micro-batches, for the only rank.
 
@@ -111,13 +120,19 @@ class DeepSpeedTrainer:
         """This rank's micro-batches of each update; there may be none. Raises FloatingPointError on all ranks alike."""
         metrics, losses, norm, scale, tokens = MetricSet(), [], 0.0, 0.0, 0
         turns = self._agree(updates)
+        self._around.begin_step()
+        self._around.give_squares(lambda rollouts: self._squares(updates, rollouts))
         for number, (batches, shapes) in enumerate(zip(updates, turns, strict=True)):
+            seen = MetricSet()
             loss = torch.zeros((), dtype=torch.float64, device=self._device)
             for turn, shape in enumerate(shapes):
                 batch = batches[turn] if turn < len(batches) else None
-                loss += self._accumulate(batch, shape, metrics, first=number == 0, last=turn == len(shapes) - 1)
+                loss += self._accumulate(batch, shape, seen, first=number == 0, last=turn == len(shapes) - 1)
                 tokens += self._loss.computed(batch) if batch is not None else 0
             dist.all_reduce(loss)
+            loss += self._around.add_gradient(
+                seen
+            )  # the ranks have met: every one has the whole gradient and adds the same
             where = f"step {step}, update {number}"
             require_finite({"train/loss": float(loss)}, where)
             scale = self._lr_factor * lr_scale(
@@ -125,14 +140,28 @@ class DeepSpeedTrainer:
                 self._setup.steps * self._settings.updates_per_step,
                 schedule=self._settings.schedule, warmup=self._settings.warmup, min_ratio=self._settings.min_lr_ratio,
             )  # fmt: skip
+            entropy = mean_over_ranks(*seen.sums("train/entropy"), self._device) if self._around.active else 0.0
+            self._around.open(step, number, float(loss), entropy, seen)
             current = self._update(self._settings.lr * scale)
             require_finite({"train/grad_norm": current}, where)
+            self._around.close(current)
+            metrics.merge(seen)
             losses.append(float(loss))
             norm = max(norm, current)
         self.version = max(self.version, step) + 1  # after a restore it is ahead of the steps
         return RankStep(
-            metrics=metrics, tokens=tokens, losses=tuple(losses), grad_norm=norm, lr=self._settings.lr * scale
-        )
+            metrics=metrics, tokens=tokens, losses=tuple(losses), grad_norm=norm, lr=self._settings.lr * scale,
+            may_stand=self._around.may_stand,
+        )  # fmt: skip
+
+    def _squares(self, updates: Sequence[Sequence[PackedBatch]], rollouts: int) -> tuple[dict[str, Tensor], int]:
+        """Every rank measures its share of the rollouts; the sums are of all."""
+        own, share = [batch for batches in updates for batch in batches], -(-rollouts // self._place.ranks)
+        squares, tokens = squared_gradients(lambda row: self._loss.scorer(row).logprobs, own, self._trained, share)
+        count = torch.tensor(tokens, device=self._device)
+        for tensor in (*squares.values(), count):
+            dist.all_reduce(tensor)
+        return squares, int(count)
 
     def _agree(self, updates: Sequence[Sequence[PackedBatch]]) -> list[list[lockstep.Shape | None]]:
         """Per update and turn, what every rank must run at least. None: whatever its micro-batch asks for."""
@@ -178,7 +207,10 @@ class DeepSpeedTrainer:
             norm = float(torch.nn.utils.clip_grad_norm_(held, self._config["gradient_clipping"]))
             if not np.isfinite(norm):
                 return norm
-            engine.step()
+            if self._around.allows(norm):
+                engine.step()
+            else:
+                engine.optimizer.zero_grad()
             return norm
         engine.step()
         return float("inf") if engine.optimizer.overflow else float(engine.get_global_grad_norm())
@@ -213,11 +245,16 @@ class DeepSpeedTrainer:
         scores = self._whole(lambda: torch.as_tensor(text_logprobs(self._model, token_ids)))
         return np.asarray(scores.numpy(), np.float32)
 
+    def teaching(self) -> AbstractContextManager[None]:
+        """A context in which the model has the weights of the EMA teacher. A collective at both ends."""
+        return self._around.teaching()
+
     def save(self, path: Path) -> None:
         """trainer.json and this rank's rank-NNNN.* in a folder that all ranks see."""
         from ttrl.trainers.dsstate import write
 
         write(self._engine, path, self._place.rank)
+        self._around.save(path, f"rank-{self._place.rank:04d}.")
         if self._place.rank == 0:
             numbers = {"version": self.version, "lr_factor": self._lr_factor}
             (path / STATE).write_text(json.dumps({**numbers, **self._arrangement()}) + "\n", encoding="utf-8")
@@ -238,6 +275,7 @@ class DeepSpeedTrainer:
                     "a new run"
                 )
         read(self._engine, path, self._place.rank)
+        self._around.load(path, f"rank-{self._place.rank:04d}.")
         self.version, self._lr_factor = int(state["version"]), float(state.get("lr_factor", 1.0))
 
     def restore(self, path: Path, *, version: int) -> None:

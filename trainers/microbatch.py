@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ttrl.contract import Blame
+from ttrl.hooks import LossTerm
 from ttrl.metrics import MetricSet
 from ttrl.protocols import ForwardOut, TensorBatch
 from ttrl.trainers.backends import TrainerSetup
@@ -40,7 +41,7 @@ class BatchLoss:
 
     def __init__(self, setup: TrainerSetup, model: PreTrainedModel, autocast: Autocast = nullcontext) -> None:
         self._model, self._setup, self._autocast = model, setup, autocast
-        self._parts = (setup.objective, *setup.stabilizers)
+        self._parts = (setup.objective, *(s for s in setup.stabilizers if isinstance(s, LossTerm)))
         self._needs = frozenset().union(*(part.needs for part in self._parts))
         self.scorer = CompletionScorer(
             model,

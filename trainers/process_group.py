@@ -130,3 +130,10 @@ def wants_gpu(device: str) -> bool:
 
 def _family(address: str) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in address else socket.AF_INET
+
+
+def mean_over_ranks(total: float, weight: float, device: torch.device) -> float:
+    """The mean whose sum and weight every rank knows a part of; 0 without weight."""
+    sums = torch.tensor([total, weight], dtype=torch.float64, device=device)
+    dist.all_reduce(sums)
+    return float(sums[0] / sums[1]) if float(sums[1]) else 0.0

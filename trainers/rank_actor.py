@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ class RankActor:
         self._store: Any = None
         self._place: Place | None = None
         self._buckets: Iterator[Bucket | None] = iter(())
+        self._teaching = ExitStack()
 
     def address(self) -> str:
         """Of this node, as the cluster knows it."""
@@ -76,6 +78,13 @@ class RankActor:
 
     def score(self, token_ids: IntArray) -> FloatArray:
         return self._ours.score(token_ids)
+
+    def teach(self, on: bool) -> None:
+        """The weights of the EMA teacher into the model, and out of it again."""
+        if on:
+            self._teaching.enter_context(self._ours.teaching())
+        else:
+            self._teaching.close()
 
     def save(self, path: Path) -> None:
         self._ours.save(path)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -114,6 +115,13 @@ class RankGroup:
         refs = [actor.score.remote(token_ids) for actor in self._holders(what)]
         scores: FloatArray = self._results(refs, self._seconds, what)[0]
         return scores
+
+    @contextmanager
+    def teaching(self) -> Iterator[None]:
+        """On every rank."""
+        self._everyone("teach", "turning to the weights of the teacher", True)
+        yield
+        self._everyone("teach", "turning back from the weights of the teacher", False)
 
     def save(self, path: Path) -> None:
         """Every rank writes its part. Raises ClusterError when one cannot be seen here: nodes must share the file system."""

@@ -21,6 +21,8 @@ class RankStep:
     """Per update, summed over micro-batches and ranks."""
     grad_norm: float
     lr: float
+    may_stand: bool = False
+    """As in StepStats."""
 
 
 def merge(parts: Sequence[RankStep]) -> StepStats:
@@ -37,4 +39,5 @@ def merge(parts: Sequence[RankStep]) -> StepStats:
         grad_norm=first.grad_norm,
         lr=first.lr,
         updates=len(first.losses),
+        may_stand=any(part.may_stand for part in parts),
     )

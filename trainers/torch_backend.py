@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from ttrl.metrics import MetricSet, require_finite
 from ttrl.model.load import DTYPES, load_model
@@ -16,8 +17,10 @@ from ttrl.model.sampling import text_logprobs
 from ttrl.model.weights import Fingerprint, NamedTensors, load_into
 from ttrl.protocols import WeightSource
 from ttrl.seeds import derive
+from ttrl.trainers.around import Around, WholeParts
 from ttrl.trainers.backends import TrainerSetup
 from ttrl.trainers.export import export
+from ttrl.trainers.fisher_pass import squared_gradients
 from ttrl.trainers.microbatch import BatchLoss, checkpoint_layers
 from ttrl.trainers.schedule import lr_scale
 from ttrl.types import FloatArray, IntArray, PackedBatch, StepStats
@@ -45,6 +48,7 @@ class TorchTrainer:
             betas=self._settings.betas,
             weight_decay=self._settings.weight_decay,
         )
+        self._around = Around(setup.stabilizers, setup.seed, WholeParts(self._trained, self._optimizer))
 
     def step(self, step: int, updates: Sequence[Sequence[PackedBatch]]) -> StepStats:
         """One optimizer update per inner sequence of micro-batches.
@@ -52,17 +56,20 @@ class TorchTrainer:
         Raises FloatingPointError for a loss or gradient that is not finite, before the weights are touched.
         """
         metrics, tokens, norm, scale = MetricSet(), 0, 0.0, 0.0
+        self._around.begin_step()
+        self._around.give_squares(lambda rollouts: self._squares(updates, rollouts))
         for number, batches in enumerate(updates):
             self._optimizer.zero_grad(set_to_none=True)
-            loss = 0.0
+            loss, seen = 0.0, MetricSet()
             for batch in batches:
                 if number == 0:  # later the weights have moved, and a step is all or nothing
                     self._setup.check_stop()
                 result = self._loss(batch, first=number == 0)
                 result.loss.backward()  # type: ignore[no-untyped-call]
                 loss += float(result.loss.detach())
-                metrics.merge(result.metrics)
+                seen.merge(result.metrics)
                 tokens += self._loss.computed(batch)
+            loss += self._around.add_gradient(seen)
             current = float(torch.nn.utils.clip_grad_norm_(self._trained.values(), self._settings.grad_clip))
             require_finite({"train/loss": loss, "train/grad_norm": current}, f"step {step}, update {number}")
             scale = self._lr_factor * lr_scale(
@@ -72,14 +79,27 @@ class TorchTrainer:
             )  # fmt: skip
             for group in self._optimizer.param_groups:
                 group["lr"] = self._settings.lr * scale
-            self._optimizer.step()
+            self._around.open(step, number, loss, _mean(seen, "train/entropy"), seen)
+            if self._around.allows(current):
+                self._optimizer.step()
+            self._around.close(current)
             norm = max(norm, current)
+            metrics.merge(seen)
             metrics.mean("train/loss", loss)
         self._optimizer.zero_grad(set_to_none=True)
         self.version = max(self.version, step) + 1  # after a restore it is ahead of the steps
         return StepStats(
-            metrics=metrics.values(), tokens=tokens, grad_norm=norm, lr=self._settings.lr * scale, updates=len(updates)
-        )
+            metrics=metrics.values(), tokens=tokens, grad_norm=norm, lr=self._settings.lr * scale, updates=len(updates),
+            may_stand=self._around.may_stand,
+        )  # fmt: skip
+
+    def _squares(self, updates: Sequence[Sequence[PackedBatch]], rollouts: int) -> tuple[dict[str, Tensor], int]:
+        def logprobs(row: PackedBatch) -> Tensor:
+            self._setup.check_stop()
+            with self._autocast():
+                return self._loss.scorer(row).logprobs
+
+        return squared_gradients(logprobs, [batch for batches in updates for batch in batches], self._trained, rollouts)
 
     @property
     def shares_prompts(self) -> bool:
@@ -105,8 +125,12 @@ class TorchTrainer:
         with self._autocast():
             return text_logprobs(self._model, token_ids)
 
+    def teaching(self) -> AbstractContextManager[None]:
+        """A context in which the model has the weights of the EMA teacher."""
+        return self._around.teaching()
+
     def save(self, path: Path) -> None:
-        """trained.safetensors, optimizer.safetensors, trainer.json."""
+        """trained.safetensors, optimizer.safetensors, trainer.json, and what stabilizers remember."""
         save_file({name: p.detach().contiguous() for name, p in self._trained.items()}, path / "trained.safetensors")
         moments = {
             f"{name}|{key}": value.detach().clone().reshape(value.shape or (1,))
@@ -116,6 +140,7 @@ class TorchTrainer:
         save_file(moments, path / "optimizer.safetensors")
         numbers = {"version": self.version, "lr_factor": self._lr_factor}
         (path / "trainer.json").write_text(json.dumps(numbers) + "\n")
+        self._around.save(path)
 
     @torch.no_grad()
     def load(self, path: Path) -> None:
@@ -129,6 +154,7 @@ class TorchTrainer:
             name, _, key = joined.rpartition("|")
             state = self._optimizer.state[self._trained[name]]
             state[key] = value.reshape(()) if key == "step" else value.to(self._model.device)
+        self._around.load(path)
         numbers = json.loads((path / "trainer.json").read_text())
         self.version, self._lr_factor = int(numbers["version"]), float(numbers.get("lr_factor", 1.0))
 
@@ -149,3 +175,8 @@ class TorchTrainer:
 
     def close(self) -> None:
         """Everything lives in this process."""
+
+
+def _mean(metrics: MetricSet, name: str) -> float:
+    total, weight = metrics.sums(name)
+    return total / weight if weight else 0.0

@@ -10,10 +10,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
+import numpy as np
+
 from ttrl.errors import EngineError
+from ttrl.protocols import Trainer
 from ttrl.sync import Published, WeightLink
 from ttrl.types import Group, StepStats
 
@@ -62,6 +65,46 @@ class InStep:
 
     def close(self) -> None:
         """Nothing runs on."""
+
+
+class Taught:
+    """In step, with the votes of the EMA teacher: the policy's rollouts are drawn first, then the engines get the teacher's weights
+    for the votes, and the policy's again after training. The trainer's rollouts stay on-policy, which is checked as ever."""
+
+    def __init__(self, own: Draw, votes: Draw, link: WeightLink, trainer: Trainer) -> None:
+        self._own, self._votes, self._link, self._trainer = own, votes, link, trainer
+
+    def groups(self, step: int) -> Drawn:
+        """Raises EngineError when the teacher's weights did not arrive."""
+        started = time.perf_counter()
+        own = self._own(step)
+        with self._trainer.teaching():
+            self._link.sync(None)
+        votes = self._votes(step)
+        groups = [joined(group, voting) for group, voting in zip(own, votes, strict=True)]
+        return Drawn(groups=groups, seconds=time.perf_counter() - started, state=step)
+
+    def publish(self, state: int, stats: StepStats | None) -> None:
+        """Also when nothing was trained: the engines must not keep the teacher's weights."""
+        if stats is not None:
+            self._link.check_on_policy(stats)
+        self._link.sync(stats)
+
+    def close(self) -> None:
+        """Nothing runs on."""
+
+
+def joined(own: Group, votes: Group) -> Group:
+    """The policy's rollouts as they are, and behind them the teacher's, which never train."""
+    first = len(own.rollouts)
+    behind = tuple(
+        replace(
+            r, index=r.index + first, fork=None if r.fork is None else replace(r.fork, parent=r.fork.parent + first)
+        )
+        for r in votes.rollouts
+    )
+    trainable = np.concatenate([own.trainable, np.zeros(len(behind), np.bool_)])
+    return replace(own, rollouts=(*own.rollouts, *behind), trainable=trainable)
 
 
 class RunAhead:

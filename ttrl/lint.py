@@ -27,6 +27,7 @@ from ttrl.errors import PluginError
 from ttrl.protocols import ExplainedReward, LabelledReward, Objective, Reward, RewardContext
 from ttrl.registry import build
 from ttrl.seeds import derive, generator
+from ttrl.trainers.stabilizers.check import has_teacher
 from ttrl.types import NO_ANSWER, Finish, Group, Message, Prompt, Rollout, Scored, WeightStamp
 
 NEGLIGIBLE = 1e-4
@@ -49,9 +50,11 @@ class Finding:
 def lint_recipe(recipe: Recipe, reward: Reward) -> list[Finding]:
     """The reward of a checked recipe, under the recipe's objective and numbers of votes."""
     rollout = recipe.rollout
+    teaching = has_teacher([build("stabilizer", plug) for plug in recipe.stabilizers])
+    votes = rollout.votes_per_prompt + (rollout.trained if teaching else 0)
     return lint(
-        reward, build("objective", recipe.objective), votes=rollout.votes_per_prompt, trained=rollout.trained, name=recipe.reward.use
-    )  # fmt: skip
+        reward, build("objective", recipe.objective), votes=votes, trained=rollout.trained, name=recipe.reward.use
+    )
 
 
 def lint(

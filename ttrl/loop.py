@@ -5,19 +5,24 @@ Labels do not occur here. Evaluators are closed boxes that return numbers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 
+import numpy as np
+
 from ttrl.contract import Blame, check_samples, check_scored
 from ttrl.errors import GuardStop, StopRequested
-from ttrl.flow import Flow, InStep, RunAhead
+from ttrl.flow import Flow, InStep, RunAhead, Taught
+from ttrl.hooks import WeighingGate
 from ttrl.journal import Journal, Progress, StepClock, recall, remember
 from ttrl.metrics import MetricSet
-from ttrl.protocols import RewardContext, Stateful
+from ttrl.protocols import RewardContext, Sampler, Stateful
+from ttrl.rollout.flat import FlatSampler
 from ttrl.seeds import derive
 from ttrl.setup import Parts
-from ttrl.stepmetrics import reward_metrics, rollout_metrics
+from ttrl.stepmetrics import agreement, reward_metrics, rollout_metrics
 from ttrl.trainers.packing import pack, split_updates
 from ttrl.types import Group, Sample, Scored, StepStats
 
@@ -46,13 +51,16 @@ def one_step(parts: Parts, flow: Flow, journal: Journal, progress: Progress) -> 
     with remembered(parts.memory):
         with clock("rollout"):  # with rollout.ahead: the part of sampling that training had to wait for
             drawn = flow.groups(step)
-        metrics.merge(rollout_metrics(drawn.groups, recipe.rollout.votes_per_prompt))
+        budget = recipe.rollout.votes_per_prompt + (recipe.rollout.trained if parts.teaching else 0)
+        metrics.merge(rollout_metrics(drawn.groups, budget))
         if recipe.rollout.ahead:
             metrics.mean("rollout/staleness", step - drawn.state)
             clock.seconds["sampling"] = drawn.seconds
         with clock("reward"):
             scored = [score(parts, group, step) for group in drawn.groups]
         metrics.merge(reward_metrics(scored, progress.flips(scored)))
+        if parts.teaching:
+            metrics.merge(agreement(scored))
         with clock("guard"):  # before anything is trained on the groups: they tell what the weights have become
             ruling = parts.guards.rule(step, scored, metrics)
         admitted = admit(parts, ruling.admitted(scored, metrics), metrics)
@@ -65,7 +73,7 @@ def one_step(parts: Parts, flow: Flow, journal: Journal, progress: Progress) -> 
             if ruling.restored or verdict.restored:
                 if stats is not None:
                     parts.link.check_on_policy(stats)
-                parts.link.sync_restored(moved=ruling.moved or verdict.moved)
+                parts.link.sync_restored(moved=(ruling.moved or verdict.moved) and not parts.teaching)
             else:
                 flow.publish(step + 1, stats)
         progress.advance(scored, stats, clock.total())
@@ -106,11 +114,19 @@ def make_flow(parts: Parts, first: int) -> Flow:
     """In step, or ahead by `rollout.ahead`; steps before `first` are done."""
     recipe = parts.recipe
 
-    def draw(step: int) -> list[Group]:
+    def sample(sampler: Sampler, name: str, step: int) -> list[Group]:
         prompts = [parts.prompts[identifier] for identifier in parts.source.batch(step)]
-        groups = parts.sampler(prompts, parts.pool, parts.spec, derive(recipe.seed, "rollout", step))
-        return [probe(parts, group) for group in groups]
+        return sampler(prompts, parts.pool, parts.spec, derive(recipe.seed, name, step))
 
+    def draw(step: int) -> list[Group]:
+        return [probe(parts, group) for group in sample(parts.sampler, "rollout", step)]
+
+    if parts.teaching:
+        own = FlatSampler(recipe.rollout.trained, recipe.rollout.trained, lambda rollouts: [])
+        return Taught(
+            lambda step: [probe(parts, group) for group in sample(own, "policy", step)],
+            lambda step: sample(parts.sampler, "rollout", step), parts.link, parts.trainer,
+        )  # fmt: skip
     if not recipe.rollout.ahead:
         return InStep(draw, parts.link)
 
@@ -171,6 +187,9 @@ def to_samples(parts: Parts, scored: Scored) -> list[Sample]:
     """Token advantages of one group, checked for length and finiteness."""
     with Blame("objective", parts.recipe.objective.use, scored.group.prompt.id):
         samples = parts.objective.samples(scored)
+        weight = math.prod(gate.weight(scored) for gate in parts.gates if isinstance(gate, WeighingGate))
+        if weight != 1.0:
+            samples = [replace(sample, advantages=sample.advantages * np.float32(weight)) for sample in samples]
         check_samples(samples)
     return samples
 

@@ -56,6 +56,12 @@ class MetricSet:
         for name, (rule, value, weight) in other._parts.items():
             self._add(name, rule, value, weight)
 
+    def sums(self, name: str) -> tuple[float, float]:
+        """(sum of value times weight, sum of weights) of a mean, for a reduction over ranks; zeros when nothing was recorded."""
+        rule, value, weight = self._parts.get(name, ("mean", 0.0, 0.0))
+        assert rule == "mean", f"{name} is no mean"
+        return value, weight
+
     def values(self) -> dict[str, float]:
         """The reduced numbers, sorted by name."""
         return {

@@ -288,14 +288,6 @@ class Objective(Protocol):
     def loss(self, out: ForwardOut, batch: TensorBatch) -> LossOut: ...
 
 
-class Stabilizer(Protocol):
-    """What holds the weights back: a term added to the loss."""
-
-    needs: frozenset[str]
-
-    def loss(self, out: ForwardOut, batch: TensorBatch) -> LossOut: ...
-
-
 class Trainer(Protocol):
     """Owns the trained weights."""
 
@@ -318,6 +310,10 @@ class Trainer(Protocol):
         """As an engine's `score`, under the weights being trained: what the canary compares."""
         ...
 
+    def teaching(self) -> AbstractContextManager[None]:
+        """A context in which `weights` and `score` are those of the EMA teacher; only with a stabilizer that is one."""
+        ...
+
     def save(self, path: Path) -> None:
         """Everything a later `load` needs to continue exactly."""
         ...
@@ -333,9 +329,7 @@ class Trainer(Protocol):
     def export(self, path: Path) -> None:
         """The adapted model, loadable with transformers."""
 
-    def close(self) -> None:
-        """Ends what the trainer started; nothing for one that lives in this process."""
-        ...
+    def close(self) -> None: ...
 
 
 StopCheck = Callable[[], None]
@@ -346,6 +340,6 @@ Phase = Callable[[str], AbstractContextManager[None]]
 
 __all__ = [
     "Classify", "Engine", "ExplainedReward", "ForwardOut", "Gate", "LabelledReward", "LossOut", "Objective", "Phase", "Pool",
-    "RemoteWeights", "Reward", "RewardContext", "Sampler", "Source", "Stabilizer", "Stateful", "StopCheck",
+    "RemoteWeights", "Reward", "RewardContext", "Sampler", "Source", "Stateful", "StopCheck",
     "TensorBatch", "Trainer", "WeightSource", "WeightStamp",
 ]  # fmt: skip

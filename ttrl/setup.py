@@ -40,6 +40,7 @@ from ttrl.rundir import CHECKPOINTS
 from ttrl.sinks import check_sinks
 from ttrl.templates import check_template, describe
 from ttrl.trainers.dsconfig import check_deepspeed
+from ttrl.trainers.stabilizers.check import check_stabilizers, has_teacher
 from ttrl.types import Prompt, Rollout, SamplingSpec
 
 if TYPE_CHECKING:
@@ -78,6 +79,8 @@ class Parts:
     guards: Keeper
     evaluators: tuple[Evaluator, ...]
     """the adapted prompts first, then the held-out ones"""
+    teaching: bool
+    """Votes are drawn under the EMA teacher."""
     ending: ExitStack
     """What ends workers, ranks and a cluster of our own, in this order."""
 
@@ -116,9 +119,12 @@ def check_recipe(recipe: Recipe) -> Checked:
         attempt(lambda slot=slot, plug=plug: check(slot, plug))  # type: ignore[misc]
     reward = attempt(lambda: _reward(recipe))
     built = [("objective", recipe.objective), ("parameters", recipe.trainer.parameters)]
-    built += [("gate", plug) for plug in recipe.gates] + [("stabilizer", plug) for plug in recipe.stabilizers]
+    built += [("gate", plug) for plug in recipe.gates]
     for slot, plug in built:
         attempt(lambda slot=slot, plug=plug: build(slot, plug))  # type: ignore[misc]
+    stabilizers = [attempt(lambda plug=plug: build("stabilizer", plug)) for plug in recipe.stabilizers]  # type: ignore[misc]
+    if reward is not None and None not in stabilizers:
+        attempt(lambda: check_stabilizers(recipe, stabilizers, reward))
     if recipe.trainer.backend.use == "deepspeed":
         attempt(lambda: check_deepspeed(recipe))
     attempt(lambda: build_guards(recipe))
@@ -213,6 +219,7 @@ def _assemble(checked: Checked, check_stop: StopCheck, ending: ExitStack) -> Par
             lambda ids: tokenizer.decode(ids, skip_special_tokens=True), Path(recipe.output) / CHECKPOINTS,
         ),
         evaluators=_evaluators(checked, prompts, heldout),
+        teaching=has_teacher(setup.stabilizers),
         ending=ending.pop_all(),
     )  # fmt: skip
 

@@ -47,6 +47,16 @@ def reward_metrics(scored: Sequence[Scored], flips: Sequence[bool]) -> MetricSet
     return metrics
 
 
+def agreement(scored: Sequence[Scored]) -> MetricSet:
+    """reward/agreement: mean reward of the policy's answers, when others elected the label (the EMA teacher)."""
+    metrics = MetricSet()
+    for item in scored:
+        own = item.group.trainable & (item.classes != NO_ANSWER)
+        if item.label is not None and own.any():
+            metrics.mean("reward/agreement", float(item.rewards[own].mean()))
+    return metrics
+
+
 def share_histogram(scored: Sequence[Scored]) -> list[int]:
     """Groups per tenth of the vote share, [SHARE_BINS]; the last bin includes a share of 1."""
     return [int(n) for n in np.histogram([item.share for item in scored], bins=SHARE_BINS, range=(0.0, 1.0))[0]]

@@ -57,7 +57,7 @@ class WeightLink:
 
     def _publish(self, stats: StepStats | None) -> Published:
         scores = self._trainer.score(self._canary) if self._pool.has_weights else None
-        moved = stats is not None and stats.grad_norm > 0 and self._exact
+        moved = stats is not None and stats.grad_norm > 0 and not stats.may_stand and self._exact
         source = self._trainer.weights(adapter=self._pool.takes_adapters)
         return Published(source=source, canary=scores, must_move=moved)
 

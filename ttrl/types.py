@@ -213,6 +213,8 @@ class StepStats:
     """Before clipping; the maximum over the updates of the step."""
     lr: float
     updates: int
+    may_stand: bool = False
+    """The weights may be those of before on purpose: a stabilizer vetoed an update, or put everything back."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

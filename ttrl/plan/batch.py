@@ -115,8 +115,12 @@ def read_work(recipe: Recipe, shape: ModelShape, *, mean_length: float | None, p
             f"{prompt_tokens} prompt tokens and rollout.max_new_tokens {rollout.max_new_tokens} do not fit into the "
             f"{shape.positions} positions of {shape.name}; lower rollout.max_new_tokens or set data.max_prompt_tokens"
         )
+    taught = any(plug.use == "ema" and plug.options.get("votes", True) for plug in recipe.stabilizers)
+    votes = rollout.votes_per_prompt + (
+        rollout.trained if taught else 0
+    )  # the policy's rollouts come on top of the teacher's
     return Work(
-        prompts=recipe.data.prompts_per_step, votes=rollout.votes_per_prompt, trained=rollout.trained, prompt=prompt_tokens,
+        prompts=recipe.data.prompts_per_step, votes=votes, trained=rollout.trained, prompt=prompt_tokens,
         longest=rollout.max_new_tokens, mean=mean_length, budget=recipe.trainer.tokens_per_microbatch,
         updates=recipe.trainer.updates_per_step, steps=recipe.steps, notes=tuple(notes),
     )  # fmt: skip

@@ -179,6 +179,10 @@ def trainer_items(recipe: Recipe, shape: ModelShape, work: Work, layout: Layout,
             whole = not (split and recipe.trainer.zero == 3)
             copy = (HALF if split and half else FLOAT) * shape.parameters / (1 if whole else layout.ranks)
             held.append(Item("reference weights (kl)", copy))
+    copies = ("ema" in stabilizers) + ("fisher" in stabilizers) + bool({"fisher", "reset", "restore"} & {*stabilizers})
+    if copies:  # as master weights are: whole without ZeRO, else one share per rank
+        state = layout.ranks if split and recipe.trainer.zero != 0 else 1
+        held.append(Item("copies of trained weights (stabilizers)", copies * FLOAT * part.parameters / state))
     gradients = next(item.bytes for item in held if item.what == "gradients")
     most_held = gradients if batches.count > 1 else 0.0
     extra = (slack - 1) * (most_held + most.layers + most.casts + head)
