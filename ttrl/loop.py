@@ -71,20 +71,25 @@ def make_flow(parts: Parts, first: int) -> Flow:
     """In step, or ahead by `rollout.ahead`; steps before `first` are done."""
     recipe = parts.recipe
 
-    def draw(step: int) -> list[Group]:
-        prompts = [parts.prompts[identifier] for identifier in parts.source.batch(step)]
-        groups = parts.sampler(prompts, parts.pool, parts.spec, derive(recipe.seed, "rollout", step))
-        return [probe(parts, group) for group in groups]
+    def draw_step(step: int) -> list[Group]:
+        return draw(parts, step, parts.source.batch(step))
 
     if not recipe.rollout.ahead:
-        return InStep(draw, parts.link)
+        return InStep(draw_step, parts.link)
 
     def is_boundary(step: int) -> bool:
         return any(is_due(step, every, recipe.steps) for every in (recipe.eval.every, recipe.checkpoint.every))
 
     return RunAhead(
-        draw, parts.link, ahead=recipe.rollout.ahead, first=first, steps=recipe.steps, is_boundary=is_boundary
+        draw_step, parts.link, ahead=recipe.rollout.ahead, first=first, steps=recipe.steps, is_boundary=is_boundary
     )
+
+
+def draw(parts: Parts, step: int, identifiers: Sequence[str]) -> list[Group]:
+    """The votes on these prompts, under the weights the engines hold now."""
+    prompts = [parts.prompts[identifier] for identifier in identifiers]
+    groups = parts.sampler(prompts, parts.pool, parts.spec, derive(parts.recipe.seed, "rollout", step))
+    return [probe(parts, group) for group in groups]
 
 
 @contextmanager

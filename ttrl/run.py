@@ -13,16 +13,19 @@ from typing import Any
 
 from rich.console import Console
 
+from ttrl.answers import from_json
 from ttrl.config import Recipe, load_recipe, recipe_to_yaml
 from ttrl.errors import ConfigError, GuardStop, StopRequested
 from ttrl.evaluate.book import EvaluationBook
 from ttrl.evaluate.evaluator import Evaluation, change
+from ttrl.evaluate.judge import Judge
 from ttrl.evaluate.ledger import ledger, totals
 from ttrl.journal import Journal, Progress
 from ttrl.loop import train
+from ttrl.modes import Mode
 from ttrl.report import write_report
 from ttrl.room import check_memory
-from ttrl.rundir import LEDGER, METRICS, RECIPE, SUMMARY, RunDir, check_unused
+from ttrl.rundir import ANSWERS, LEDGER, METRICS, RECIPE, SUMMARY, RunDir, check_unused
 from ttrl.setup import Checked, Parts, assemble, check_recipe
 from ttrl.sinks import open_sinks
 from ttrl.stamp import differences, from_comments, stamp, to_comments
@@ -78,14 +81,15 @@ def _run(checked: Checked, parts: Parts, directory: RunDir, *, resume: bool, con
     recipe = checked.recipe
     outcome, progress = Outcome(), Progress()
     directory.write_json(SUMMARY, {"status": FAILED, "reason": NO_WORD, "name": recipe.name})
-    with _journal(recipe, directory, console) as journal:
+    with _journal(checked, directory, console) as journal:
         try:
             if resume:
                 progress = journal.resume(parts.trainer, parts.memory)
                 outcome.seconds_before = progress.seconds
                 parts.link.sync(None)
                 console.print(f"resuming after step {progress.step}")
-            train(parts, journal, progress)
+            loop = parts.source.run if isinstance(parts.source, Mode) else train
+            loop(parts, journal, progress)
             journal.export(parts.trainer)
             outcome.status = COMPLETED
         except (StopRequested, GuardStop) as stop:
@@ -96,14 +100,17 @@ def _run(checked: Checked, parts: Parts, directory: RunDir, *, resume: bool, con
             error = sys.exc_info()[1]
             if error is not None:
                 outcome.reason = f"{type(error).__name__}: {error}"
-            _conclude(checked, directory, progress, journal.book, outcome)
+            prequential = _judge(checked, directory, journal, progress)
+            _conclude(checked, directory, progress, journal.book, outcome, prequential)
     return outcome
 
 
 @contextmanager
-def _journal(recipe: Recipe, directory: RunDir, console: Console) -> Iterator[Journal]:
+def _journal(checked: Checked, directory: RunDir, console: Console) -> Iterator[Journal]:
     start = sum(1 for _ in directory.lines(METRICS))
-    sinks = open_sinks(recipe, directory.path, console, start)
+    recipe, source = checked.recipe, checked.source
+    total = source.total(recipe) if isinstance(source, Mode) else recipe.steps
+    sinks = open_sinks(recipe, directory.path, console, start, total)
     try:
         yield Journal(recipe, directory, sinks)
     finally:
@@ -111,7 +118,25 @@ def _journal(recipe: Recipe, directory: RunDir, console: Console) -> Iterator[Jo
             sink.close()
 
 
-def _conclude(checked: Checked, directory: RunDir, progress: Progress, book: EvaluationBook, outcome: Outcome) -> None:
+def _judge(checked: Checked, directory: RunDir, journal: Journal, progress: Progress) -> dict[str, Any] | None:
+    """What the answers of a mode are worth. Returns the part of the summary that only a stream has."""
+    answered = [from_json(record) for record in directory.lines(ANSWERS)]
+    if not isinstance(checked.source, Mode) or not answered:
+        return None
+    judge = Judge.of(checked.recipe, checked.reader)
+    paired = judge.paired(answered, progress.step)
+    if paired:
+        journal.judged(paired)
+        return None
+    found = judge.prequential(answered, progress.step)
+    journal.judged([found["all"]])
+    return {name: {"prompts": len(found[name].results), **(_estimates(found[name]) or {})} for name in found}
+
+
+def _conclude(
+    checked: Checked, directory: RunDir, progress: Progress, book: EvaluationBook, outcome: Outcome,
+    prequential: dict[str, Any] | None,
+) -> None:  # fmt: skip
     """ledger.jsonl, summary.json, report.html."""
     recipe = checked.recipe
     before, after = book.before("adapted"), book.after("adapted")
@@ -126,6 +151,7 @@ def _conclude(checked: Checked, directory: RunDir, progress: Progress, book: Eva
         **_comparison(book, "adapted", recipe.seed),
         "ledger": totals(entries) if entries else None,
         "heldout": _comparison(book, "heldout", recipe.seed) if recipe.eval.heldout is not None else None,
+        "prequential": prequential,
         "tokens": {"rollout": progress.rollout_tokens, "train": progress.train_tokens},
         "seconds": round(outcome.seconds(), 1),
         "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / RSS_PER_MB),

@@ -13,10 +13,11 @@ from typing import Any
 from ttrl.errors import ConfigError
 
 RECIPE, METRICS, EVAL, GROUPS = "recipe.yaml", "metrics.jsonl", "eval.jsonl", "groups.jsonl"
+ANSWERS = "answers.jsonl"
 LEDGER, SUMMARY, REPORT, CHECKPOINTS, MODEL = "ledger.jsonl", "summary.json", "report.html", "checkpoints", "model"
 LOCK = ".lock"
-WRITTEN = (RECIPE, METRICS, EVAL, GROUPS, LEDGER, SUMMARY, REPORT, CHECKPOINTS, MODEL)
-STEPPED = (METRICS, EVAL, GROUPS)
+WRITTEN = (RECIPE, METRICS, EVAL, GROUPS, ANSWERS, LEDGER, SUMMARY, REPORT, CHECKPOINTS, MODEL)
+STEPPED = (METRICS, EVAL, GROUPS, ANSWERS)
 """Files with one object per step, cut back to the checkpoint when a run is resumed."""
 
 
@@ -93,7 +94,8 @@ class RunDir:
         """Forget lines of steps >= `step`; evaluations after step `step` go too. Used by resume."""
         for file in STEPPED:
             limit = step + 1 if file == EVAL else step
-            self.write_lines(file, [record for record in self.lines(file) if record["step"] < limit])
+            if (self.path / file).is_file():
+                self.write_lines(file, [record for record in self.lines(file) if record["step"] < limit])
 
 
 def check_unused(path: Path) -> None:
