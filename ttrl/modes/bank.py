@@ -6,8 +6,8 @@ A bank of N entries has room for N / C of each of C types. An entry of age a (ar
     H = 1 / (1 + e^(-a / N)) + u
 
 and learning from it counts E = e^(-a / N) / (1 + e^(-a / N)). What changes from images to prompts: the class is the type of the
-elected answer, u is the entropy of the vote of V rollouts divided by ln V, and an entry holds the prompt alone: its votes are drawn
-anew when it is replayed, so they are from the current weights and need no correction.
+elected answer, u is the entropy of the vote of V rollouts divided by ln V, and an entry holds the prompt alone. Its votes are
+drawn anew when it is replayed, so they are from the current weights and need no correction.
 """
 
 from __future__ import annotations
