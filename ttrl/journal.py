@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter
 
+from ttrl.answers import Answered, to_json
 from ttrl.checkpoint import CheckpointStore
 from ttrl.config.schema import Recipe
 from ttrl.errors import ConfigError
@@ -22,7 +23,7 @@ from ttrl.evaluate.book import EvaluationBook
 from ttrl.evaluate.evaluator import Evaluation
 from ttrl.metrics import MetricSet, require_finite
 from ttrl.protocols import Stateful, Trainer
-from ttrl.rundir import CHECKPOINTS, EVAL, EVENTS, GROUPS, METRICS, MODEL, RunDir
+from ttrl.rundir import ANSWERS, CHECKPOINTS, EVAL, EVENTS, GROUPS, METRICS, MODEL, RunDir
 from ttrl.seeds import generator
 from ttrl.sinks import Sink
 from ttrl.stepmetrics import share_histogram
@@ -150,6 +151,28 @@ class Journal:
     def damaged(self) -> Sequence[str]:
         """Names of the checkpoints that `resume` could not use."""
         return tuple(self._store.passed_over)
+
+    def answers(self, answered: Sequence[Answered]) -> None:
+        """One object per prompt in answers.jsonl."""
+        for one in answered:
+            self._run.append(ANSWERS, to_json(one))
+
+    def judged(self, evaluations: Sequence[Evaluation]) -> None:
+        """Evaluations made from answers.jsonl. They replace those of an earlier part of the run in eval.jsonl."""
+        splits = {evaluation.split for evaluation in evaluations}
+        kept = [record for record in self._run.lines(EVAL) if record["split"] not in splits]
+        self._run.write_lines(EVAL, [*kept, *(evaluation.record() for evaluation in evaluations)])
+        for evaluation in evaluations:
+            self.book.record(evaluation)
+            for sink in self._sinks:
+                sink.evaluation(evaluation)
+
+    def scratch(self, name: str) -> Path:
+        """An empty folder of that name in the run folder, where ranks on other machines can write too."""
+        folder = self._run.path / name
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        return folder
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -114,28 +114,35 @@ def make_flow(parts: Parts, first: int) -> Flow:
     """In step, or ahead by `rollout.ahead`; steps before `first` are done."""
     recipe = parts.recipe
 
-    def sample(sampler: Sampler, name: str, step: int) -> list[Group]:
-        prompts = [parts.prompts[identifier] for identifier in parts.source.batch(step)]
-        return sampler(prompts, parts.pool, parts.spec, derive(recipe.seed, name, step))
-
-    def draw(step: int) -> list[Group]:
-        return [probe(parts, group) for group in sample(parts.sampler, "rollout", step)]
+    def draw_step(step: int) -> list[Group]:
+        return draw(parts, step, parts.source.batch(step))
 
     if parts.teaching:
         own = FlatSampler(recipe.rollout.trained, recipe.rollout.trained, lambda rollouts: [])
         return Taught(
-            lambda step: [probe(parts, group) for group in sample(own, "policy", step)],
-            lambda step: sample(parts.sampler, "rollout", step), parts.link, parts.trainer,
+            lambda step: [probe(parts, group) for group in sample(parts, own, "policy", step, parts.source.batch(step))],
+            lambda step: sample(parts, parts.sampler, "rollout", step, parts.source.batch(step)), parts.link, parts.trainer,
         )  # fmt: skip
     if not recipe.rollout.ahead:
-        return InStep(draw, parts.link)
+        return InStep(draw_step, parts.link)
 
     def is_boundary(step: int) -> bool:
         return any(is_due(step, every, recipe.steps) for every in (recipe.eval.every, recipe.checkpoint.every))
 
     return RunAhead(
-        draw, parts.link, ahead=recipe.rollout.ahead, first=first, steps=recipe.steps, is_boundary=is_boundary
+        draw_step, parts.link, ahead=recipe.rollout.ahead, first=first, steps=recipe.steps, is_boundary=is_boundary
     )
+
+
+def draw(parts: Parts, step: int, identifiers: Sequence[str]) -> list[Group]:
+    """The votes on these prompts, under the weights the engines hold now, with the probes that the objective asks for."""
+    return [probe(parts, group) for group in sample(parts, parts.sampler, "rollout", step, identifiers)]
+
+
+def sample(parts: Parts, sampler: Sampler, name: str, step: int, identifiers: Sequence[str]) -> list[Group]:
+    """The groups of these prompts; `name` tells the random numbers of different draws of one step apart."""
+    prompts = [parts.prompts[identifier] for identifier in identifiers]
+    return sampler(prompts, parts.pool, parts.spec, derive(parts.recipe.seed, name, step))
 
 
 @contextmanager

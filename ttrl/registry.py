@@ -24,7 +24,11 @@ from ttrl.errors import ConfigError
 
 # Modules named here import neither torch nor ray at module level: checking a recipe stays instant.
 BUILT_IN: dict[str, dict[str, str]] = {
-    "source": {"epoch": "ttrl.sources:EpochSource"},
+    "source": {
+        "epoch": "ttrl.sources:EpochSource",
+        "per_prompt": "ttrl.modes.per_prompt:PerPrompt",
+        "stream": "ttrl.modes.stream:Stream",
+    },
     "sampler": {"adaptive": "ttrl.rollout.adaptive:AdaptiveSampler", "flat": "ttrl.rollout.flat:FlatSampler"},
     "engine": {
         "hf": "ttrl.rollout.engines:hf",

@@ -9,22 +9,26 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
+from ttrl.answers import from_json
 from ttrl.config import Recipe, recipe_to_yaml
 from ttrl.errors import GuardStop, StopRequested
 from ttrl.evaluate.book import EvaluationBook
-from ttrl.evaluate.digest import digest, entries, line_to_beat
+from ttrl.evaluate.digest import digest, entries, estimates, line_to_beat
+from ttrl.evaluate.judge import Judge
 from ttrl.evaluate.seal import label_files, sealed
 from ttrl.failures import describe
 from ttrl.guards import Keeper
 from ttrl.journal import Journal, Progress
 from ttrl.loop import conclude, train
+from ttrl.modes import Mode
 from ttrl.report import write_report
 from ttrl.resume import continuation, note_resume, same_inputs
 from ttrl.room import check_memory
-from ttrl.rundir import EVALUATIONS, LEDGER, METRICS, RECIPE, SUMMARY, RunDir, check_unused
+from ttrl.rundir import ANSWERS, EVALUATIONS, LEDGER, METRICS, RECIPE, SUMMARY, RunDir, check_unused
 from ttrl.setup import Checked, Parts, assemble, check_recipe
 from ttrl.sinks import open_sinks, show_line
 from ttrl.stamp import stamp, to_comments
@@ -91,7 +95,7 @@ def _run(
     recipe = checked.recipe
     outcome, progress = Outcome(), Progress()
     directory.write_json(SUMMARY, {"status": FAILED, "reason": NO_WORD, "name": recipe.name})
-    with _journal(recipe, directory, console) as journal:
+    with _journal(checked, directory, console) as journal:
         try:
             if resume:
                 progress = journal.resume(parts.trainer, parts.memory)
@@ -102,7 +106,8 @@ def _run(
                 note_resume(directory, progress.step, found)
                 for line in [f"resuming after step {progress.step}", *found]:
                     console.print(line, highlight=False, markup=False)
-            train(parts, journal, progress)
+            loop = parts.source.run if isinstance(parts.source, Mode) else train
+            loop(parts, journal, progress)
             journal.export(parts.trainer)
             outcome.status = COMPLETED
         except (StopRequested, GuardStop) as stop:
@@ -120,7 +125,8 @@ def _run(
             if error is not None:
                 outcome.reason = describe(error)
             try:
-                _conclude(checked, directory, progress, journal.book, outcome, parts.guards)
+                prequential = _judge(checked, directory, journal, progress)
+                _conclude(checked, directory, progress, journal.book, outcome, parts.guards, prequential)
             except OSError as second:  # of a full disk the first error tells more
                 if error is None:
                     raise
@@ -129,9 +135,11 @@ def _run(
 
 
 @contextmanager
-def _journal(recipe: Recipe, directory: RunDir, console: Console) -> Iterator[Journal]:
+def _journal(checked: Checked, directory: RunDir, console: Console) -> Iterator[Journal]:
     start = sum(1 for _ in directory.lines(METRICS))
-    sinks = open_sinks(recipe, directory.path, console, start)
+    recipe, source = checked.recipe, checked.source
+    total = source.total(recipe) if isinstance(source, Mode) else recipe.steps
+    sinks = open_sinks(recipe, directory.path, console, start, total)
     try:
         yield Journal(recipe, directory, sinks)
     finally:
@@ -139,9 +147,25 @@ def _journal(recipe: Recipe, directory: RunDir, console: Console) -> Iterator[Jo
             sink.close()
 
 
+def _judge(checked: Checked, directory: RunDir, journal: Journal, progress: Progress) -> dict[str, Any] | None:
+    """What the answers of a mode are worth. Returns the part of the summary that only a stream has."""
+    answered = [from_json(record) for record in directory.lines(ANSWERS)]
+    if not isinstance(checked.source, Mode) or not answered:
+        return None
+    judge = Judge.of(checked.recipe, checked.reader)
+    paired = judge.paired(answered, progress.step)
+    if paired:
+        journal.judged(paired)
+        return None
+    found = judge.prequential(answered, progress.step)
+    journal.judged([found["all"]])
+    return {name: {"prompts": len(found[name].results), **(estimates(found[name]) or {})} for name in found}
+
+
 def _conclude(
-    checked: Checked, directory: RunDir, progress: Progress, book: EvaluationBook, outcome: Outcome, guards: Keeper
-) -> None:
+    checked: Checked, directory: RunDir, progress: Progress, book: EvaluationBook, outcome: Outcome, guards: Keeper,
+    prequential: dict[str, Any] | None,
+) -> None:  # fmt: skip
     """ledger.jsonl, evaluations.json, summary.json, report.html."""
     recipe = checked.recipe
     directory.write_lines(LEDGER, [entry.record() for entry in entries(book, "adapted")])
@@ -155,6 +179,7 @@ def _conclude(
         "guards": guards.summary(),
         **digest(book, "adapted", recipe.seed),
         "heldout": digest(book, "heldout", recipe.seed) if recipe.eval.heldout is not None else None,
+        "prequential": prequential,
         "tokens": {"rollout": progress.rollout_tokens, "train": progress.train_tokens},
         "seconds": round(outcome.seconds(), 1),
         "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / RSS_PER_MB),

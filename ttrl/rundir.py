@@ -17,12 +17,13 @@ from ttrl.files import no_links, sync, write_file
 log = logging.getLogger(__name__)
 
 RECIPE, METRICS, EVAL, GROUPS = "recipe.yaml", "metrics.jsonl", "eval.jsonl", "groups.jsonl"
+ANSWERS = "answers.jsonl"
 LEDGER, SUMMARY, REPORT, CHECKPOINTS, MODEL = "ledger.jsonl", "summary.json", "report.html", "checkpoints", "model"
 LOCK, TENSORBOARD, EVALUATIONS = ".lock", "tensorboard", "evaluations.json"
-WRITTEN = (RECIPE, METRICS, EVAL, GROUPS, LEDGER, EVALUATIONS, SUMMARY, REPORT, CHECKPOINTS, MODEL)
+WRITTEN = (RECIPE, METRICS, EVAL, GROUPS, ANSWERS, LEDGER, EVALUATIONS, SUMMARY, REPORT, CHECKPOINTS, MODEL)
 EVENTS = "guard/events"
 """Key in metrics.jsonl: what guards said of a step, in words."""
-STEPPED = (METRICS, EVAL, GROUPS)
+STEPPED = (METRICS, EVAL, GROUPS, ANSWERS)
 """Files with one object per step, cut back to the checkpoint when a run is resumed."""
 
 
@@ -109,7 +110,8 @@ class RunDir:
                 log.warning(
                     "%s: has %d lines for %d steps; something else changed it", self.path / file, len(kept), step
                 )
-            self.write_lines(file, kept)
+            if kept or (self.path / file).is_file():
+                self.write_lines(file, kept)
 
 
 def check_unused(path: Path) -> None:

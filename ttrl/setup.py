@@ -20,6 +20,7 @@ from ttrl.evaluate.evaluator import Evaluator, check_labels
 from ttrl.evaluate.labels import read_labels
 from ttrl.guards import Keeper, build_guards
 from ttrl.model_path import check_model_path
+from ttrl.modes import Mode
 from ttrl.prompts import PromptRecord, check_room, read_prompts, tokenize
 from ttrl.protocols import (
     Engine,
@@ -72,6 +73,8 @@ class Parts:
     pool: Pool
     spec: SamplingSpec
     reward: Reward
+    reader: AnswerReader
+    """How answers are read where no reward is asked."""
     gates: tuple[Gate, ...]
     objective: Objective
     trainer: Trainer
@@ -153,8 +156,11 @@ def check_recipe(recipe: Recipe) -> Checked:
                 "rollout.ahead draws steps before others are complete, so a source or sampler must not remember steps "
                 "(it has state and load_state); set rollout.ahead: 0"
             )
-        if recipe.eval.labels is not None:
-            attempt(lambda: check_labels(str(recipe.eval.labels), [r.id for r in records[: recipe.eval.limit]]))
+        if isinstance(source, Mode):
+            attempt(lambda: source.check(recipe))
+        if recipe.eval.labels is not None:  # a mode answers every prompt, and every answer is judged
+            judged = records if isinstance(source, Mode) else records[: recipe.eval.limit]
+            attempt(lambda: check_labels(str(recipe.eval.labels), [r.id for r in judged]))
     labelled = reward is not None and "labels" in reward.needs
     if labelled:
         attempt(lambda: _hand_labels(recipe, reward, records or []))
@@ -209,6 +215,7 @@ def _assemble(checked: Checked, check_stop: StopCheck, ending: ExitStack) -> Par
             self_certainty="self_certainty" in checked.reward.needs,
         ),
         reward=checked.reward,
+        reader=checked.reader,
         gates=gates,
         objective=setup.objective,
         trainer=trainer,

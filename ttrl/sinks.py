@@ -60,13 +60,13 @@ def show_line(line: LineToBeat) -> str:
 class ConsoleSink:
     """One line per step under a table head, and a progress bar with the time that remains."""
 
-    def __init__(self, recipe: Recipe, console: Console, start: int) -> None:
+    def __init__(self, total: int, console: Console, start: int) -> None:
         self._console = console
         self._progress = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("elapsed"), TimeElapsedColumn(),
             TextColumn("left"), TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal,
         )  # fmt: skip
-        self._task = self._progress.add_task("starting", total=recipe.steps, completed=start)
+        self._task = self._progress.add_task("starting", total=total, completed=start)
         self._headed = False
         self._progress.start()
 
@@ -165,11 +165,11 @@ def check_sinks(recipe: Recipe) -> None:
             raise ConfigError(f"log.{package} needs the package {package}: pip install 'ttrl[{package}]'")
 
 
-def open_sinks(recipe: Recipe, folder: Path, console: Console, start: int) -> list[Sink]:
-    """The sinks a recipe asks for."""
+def open_sinks(recipe: Recipe, folder: Path, console: Console, start: int, total: int) -> list[Sink]:
+    """The sinks a recipe asks for; `start` of `total` steps are done."""
     sinks: list[Sink] = []
     if recipe.log.tensorboard:
         sinks.append(TensorBoardSink(folder))
     if recipe.log.wandb:
         sinks.append(WandbSink(recipe, folder))
-    return [*sinks, ConsoleSink(recipe, console, start)]
+    return [*sinks, ConsoleSink(total, console, start)]

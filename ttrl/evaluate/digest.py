@@ -55,8 +55,8 @@ def digest(book: EvaluationBook, split: str, seed: int) -> dict[str, Any]:
         changes = {name: asdict(difference) for name, difference in found.items() if difference is not None}
     return {
         "protocol": asdict(before.protocol) if before is not None else None,
-        "initial": _estimates(before),
-        "final": _estimates(after),
+        "initial": estimates(before),
+        "final": estimates(after),
         "change": changes,
         "measured_after_steps": [evaluation.step for evaluation in (before, after) if evaluation is not None],
         "line_to_beat": _line(line_to_beat(before, after, seed)),
@@ -84,5 +84,6 @@ def _line(line: LineToBeat | None) -> dict[str, Any] | None:
     }  # fmt: skip
 
 
-def _estimates(evaluation: Evaluation | None) -> dict[str, Any] | None:
+def estimates(evaluation: Evaluation | None) -> dict[str, Any] | None:
+    """Metric -> value, low, high."""
     return None if evaluation is None else {name: asdict(estimate) for name, estimate in evaluation.estimates.items()}

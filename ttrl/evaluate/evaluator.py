@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from ttrl.answers import Vote, count_votes
 from ttrl.evaluate.estimators import bootstrap, maj_at_k, pass_at_k
 from ttrl.evaluate.labels import read_labels
 from ttrl.protocols import Pool
 from ttrl.rewards.reader import AnswerReader
-from ttrl.rewards.vote import decide
 from ttrl.seeds import derive
-from ttrl.types import NO_ANSWER, Prompt, Request, Rollout, SamplingSpec
+from ttrl.types import Prompt, Request, Rollout, SamplingSpec
 
 GRADER = "keys-2"
 """Version of the answer comparison; numbers under different graders are not comparable."""
@@ -127,52 +127,53 @@ class Evaluator:
         rollouts = pool.generate(requests)
         size = self._samples
         results = tuple(self._result(p, rollouts[i * size : (i + 1) * size]) for i, p in enumerate(self._prompts))
-        per_prompt = self._per_prompt(results)
-        estimates = {}
-        for name, values in per_prompt.items():
-            interval = bootstrap(np.asarray(values), derive(self._seed, "bootstrap"))
-            low, high = interval if interval else (None, None)
-            estimates[name] = Estimate(value=float(np.mean(values)), low=low, high=high)
-        return Evaluation(
-            step=step,
-            split=self.split,
-            protocol=self.protocol,
-            results=results,
-            per_prompt=per_prompt,
-            estimates=estimates,
+        per_prompt = accuracies(results, self._ks) if self.labelled else {}
+        return summarise(
+            step, self.split, self.protocol, results, {**per_prompt, **label_free(results)}, seed=self._seed
         )
 
     def _result(self, prompt: Prompt, rollouts: Sequence[Rollout]) -> PromptResult:
-        numbered, forms = self._reader.classes(self._reader.read(rollouts))
-        decision = decide(numbered, min_votes=1)
-        right = None
-        if self._labels is not None:
-            right = self._reader.match(forms, self._labels[prompt.id])
-        counts = {form: numbered.count(c) for c, form in enumerate(forms)}
-        return PromptResult(
-            id=prompt.id,
-            samples=len(rollouts),
-            answers=dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))),
-            no_answer=numbered.count(NO_ANSWER),
-            majority=None if decision.winner is None else forms[decision.winner],
-            share=decision.share,
-            length=float(np.mean([len(r.token_ids) for r in rollouts])),
-            correct=None if self._labels is None else (counts[right] if right is not None else 0),
-            right=right,
-        )
+        label = self._labels[prompt.id] if self._labels is not None else None
+        return graded(prompt.id, count_votes(self._reader, rollouts), label, self._reader)
 
-    def _per_prompt(self, results: Sequence[PromptResult]) -> dict[str, tuple[float, ...]]:
-        table: dict[str, tuple[float, ...]] = {}
-        if self.labelled:
-            for k in self._ks:
-                table[f"pass@{k}"] = tuple(pass_at_k(r.samples, r.correct or 0, k) for r in results)
-            for k in self._ks:
-                if k > 1:
-                    table[f"maj@{k}"] = tuple(_maj(r, k) for r in results)
-        table["majority_share"] = tuple(r.share for r in results)
-        table["answered"] = tuple(1 - r.no_answer / r.samples for r in results)
-        table["length"] = tuple(r.length for r in results)
-        return table
+
+def graded(prompt_id: str, vote: Vote, label: str | None, reader: AnswerReader) -> PromptResult:
+    """A vote held against the label of its prompt, if there is one."""
+    right = None if label is None else reader.match(vote.answers, label)
+    correct = None if label is None else (vote.answers[right] if right is not None else 0)
+    return PromptResult(
+        id=prompt_id, samples=vote.samples, answers=vote.answers, no_answer=vote.no_answer, majority=vote.answer,
+        share=vote.share, length=vote.length, correct=correct, right=right,
+    )  # fmt: skip
+
+
+def accuracies(results: Sequence[PromptResult], ks: Sequence[int]) -> dict[str, tuple[float, ...]]:
+    """pass@k and maj@k of every prompt [P]; for results with labels."""
+    table = {f"pass@{k}": tuple(pass_at_k(r.samples, r.correct or 0, k) for r in results) for k in ks}
+    return table | {f"maj@{k}": tuple(_maj(r, k) for r in results) for k in ks if k > 1}
+
+
+def label_free(results: Sequence[PromptResult]) -> dict[str, tuple[float, ...]]:
+    """What can be said of every prompt [P] without labels."""
+    return {
+        "majority_share": tuple(r.share for r in results),
+        "answered": tuple(1 - r.no_answer / r.samples for r in results),
+        "length": tuple(r.length for r in results),
+    }
+
+
+def summarise(
+    step: int, split: str, protocol: Protocol, results: Sequence[PromptResult],
+    per_prompt: Mapping[str, tuple[float, ...]], *, seed: int,
+) -> Evaluation:  # fmt: skip
+    """Means over prompts with their intervals."""
+    estimates = {}
+    for name, values in per_prompt.items():
+        low, high = bootstrap(np.asarray(values), derive(seed, "bootstrap")) or (None, None)
+        estimates[name] = Estimate(value=float(np.mean(values)), low=low, high=high)
+    return Evaluation(
+        step=step, split=split, protocol=protocol, results=tuple(results), per_prompt=per_prompt, estimates=estimates
+    )
 
 
 def _hash(parts: Iterable[object]) -> str:

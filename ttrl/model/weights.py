@@ -58,6 +58,14 @@ class Fingerprint:
         return total.hexdigest()
 
 
+def fingerprint_of(source: WeightSource) -> str:
+    """Of everything a source yields."""
+    fingerprint = Fingerprint()
+    for name, tensor in source:
+        fingerprint.update(name, tensor)
+    return fingerprint.value()
+
+
 class Intake:
     """What an engine keeps while new weights arrive: which ones were announced, and which are still missing."""
 
