@@ -29,6 +29,7 @@ from ttrl.stepmetrics import agreement
 from ttrl.sync import WeightLink, canary_text
 from ttrl.trainers.packing import pack
 from ttrl.trainers.stabilizers.ema import EMATeacher
+from ttrl.trainers.stabilizers.restore import StochasticRestore
 from ttrl.trainers.torch_backend import TorchTrainer
 from ttrl.types import Fork, Rollout, Sample, SamplingSpec
 
@@ -134,6 +135,18 @@ def test_training_is_on_policy_and_training_on_the_teachers_votes_would_be_notic
     stats = wrong.trainer.step(3, [pack(wrong.samples(trainable=False), 1000)])
     with pytest.raises(EngineError, match="do not hold the same weights"):
         wrong.flow.publish(4, stats)
+
+
+def test_weights_that_were_put_back_on_purpose_are_no_failed_sync(tiny_model_dir: Path) -> None:
+    ours = trainer(tiny_model_dir, settings={"lr": 0.02}, stabilizers=(StochasticRestore(p=1.0),))
+    pool = LocalPool(HFEngine(section(tiny_model_dir), lambda: None, rows_at_once=8, shared_prefix=True))
+    link = WeightLink(ours, pool, canary_text([prompt("a", 20)], None), exact=True)
+    link.sync(None)
+    stats = ours.step(0, [pack(samples(), 1000)])
+    assert stats.grad_norm > 0
+    link.sync(stats)
+    with pytest.raises(EngineError, match="identical to the one before"):
+        link.sync(replace(stats, may_stand=False))
 
 
 # --- whole runs -----------------------------------------------------------------------------------------------------------
