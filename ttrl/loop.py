@@ -15,12 +15,12 @@ from ttrl.errors import GuardStop
 from ttrl.flow import Flow, InStep, RunAhead
 from ttrl.journal import Journal, Progress, StepClock
 from ttrl.metrics import MetricSet
-from ttrl.protocols import Reward, RewardContext, StatefulReward
+from ttrl.protocols import Reward, RewardContext, StatefulReward, StepObjective
 from ttrl.seeds import derive
 from ttrl.setup import Parts
 from ttrl.stepmetrics import reward_metrics, rollout_metrics
 from ttrl.trainers.packing import pack, split_updates
-from ttrl.types import Group, Sample, Scored, StepStats
+from ttrl.types import Group, PackedBatch, Sample, Scored, StepStats
 
 
 def train(parts: Parts, journal: Journal, progress: Progress) -> None:
@@ -53,6 +53,7 @@ def one_step(parts: Parts, flow: Flow, journal: Journal, progress: Progress) -> 
             scored = [score(parts, group, step) for group in drawn.groups]
         metrics.merge(reward_metrics(scored, progress.flips(scored)))
         samples = [sample for item in admit(parts, scored, metrics) for sample in to_samples(parts, item)]
+        samples = finish(parts, step, samples, metrics)
         with clock("train"), nullcontext() if recipe.rollout.ahead else parts.pool.released():
             stats = update(parts, step, samples)
         with clock("sync"):
@@ -142,13 +143,29 @@ def to_samples(parts: Parts, scored: Scored) -> list[Sample]:
     return samples
 
 
+def finish(parts: Parts, step: int, samples: list[Sample], metrics: MetricSet) -> list[Sample]:
+    """What the objective does to the samples of a step as a whole: normalise over all of them, mask tokens, weigh rows."""
+    if not samples or not isinstance(parts.objective, StepObjective):
+        return samples
+    with Blame("objective", parts.recipe.objective.use, "any of the step"):
+        finished, found = parts.objective.finish(samples, step)
+        check_samples(finished)
+    metrics.merge(found)
+    return finished
+
+
 def update(parts: Parts, step: int, samples: Sequence[Sample]) -> StepStats | None:
     """Move the weights; None when there was nothing to train on."""
     if not samples:
         return None
     settings, shared = parts.recipe.trainer, parts.trainer.shares_prompts
-    shares = split_updates(samples, settings.updates_per_step)
-    return parts.trainer.step(step, [pack(s, settings.tokens_per_microbatch, shared_prompt=shared) for s in shares])
+    objective = parts.objective
+
+    def packed(share: list[Sample]) -> list[PackedBatch]:
+        whole = objective.denominator(share) if isinstance(objective, StepObjective) else None
+        return pack(share, settings.tokens_per_microbatch, whole, shared_prompt=shared)
+
+    return parts.trainer.step(step, [packed(share) for share in split_updates(samples, settings.updates_per_step)])
 
 
 def evaluate_if_due(parts: Parts, journal: Journal, progress: Progress) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -262,7 +262,9 @@ class TensorBatch:
     weights: torch.Tensor
     tokens_in_step: float
     rows: torch.Tensor
-    """[N] int64: the row (completion) a token belongs to, counted from 0 through the batch."""
+    """[N] int64: the row (completion) a token belongs to, counted from 0 through the batch. Rows are never split."""
+    extras: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """[N] each, see `Sample.extras`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -285,6 +287,26 @@ class Objective(Protocol):
     def samples(self, scored: Scored) -> list[Sample]: ...
 
     def loss(self, out: ForwardOut, batch: TensorBatch) -> LossOut: ...
+
+
+@runtime_checkable
+class StepObjective(Protocol):
+    """Optional: an objective that looks at all samples of a step at once, and says what their loss is divided by."""
+
+    def finish(self, samples: Sequence[Sample], step: int) -> tuple[list[Sample], MetricSet]:
+        """The samples to pack, in the order given, and metrics of the step. Called once per step that has samples."""
+        ...
+
+    def denominator(self, samples: Sequence[Sample]) -> float:
+        """`tokens_in_step` of an update on these samples, over all micro-batches and ranks."""
+        ...
+
+
+@runtime_checkable
+class TokenizedObjective(Protocol):
+    """Optional: an objective that has to find text among tokens. Called once, before the first group."""
+
+    def take_tokenizer(self, tokenizer: Tokenizer) -> None: ...
 
 
 class Stabilizer(Protocol):
@@ -340,6 +362,6 @@ Phase = Callable[[str], AbstractContextManager[None]]
 
 __all__ = [
     "Classify", "Engine", "ExplainedReward", "ForwardOut", "Gate", "LabelledReward", "LossOut", "Objective", "Phase", "Pool",
-    "RemoteWeights", "Reward", "RewardContext", "Sampler", "Source", "Stabilizer", "StatefulReward", "StopCheck", "TensorBatch",
-    "Trainer", "WeightSource", "WeightStamp",
+    "RemoteWeights", "Reward", "RewardContext", "Sampler", "Source", "Stabilizer", "StatefulReward", "StepObjective", "StopCheck",
+    "TensorBatch", "TokenizedObjective", "Trainer", "WeightSource", "WeightStamp",
 ]  # fmt: skip

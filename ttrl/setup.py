@@ -30,6 +30,7 @@ from ttrl.protocols import (
     Sampler,
     Source,
     StopCheck,
+    TokenizedObjective,
     Trainer,
 )  # fmt: skip
 from ttrl.registry import build, check, resolve
@@ -149,6 +150,8 @@ def _assemble(checked: Checked, check_stop: StopCheck, ending: ExitStack) -> Par
     recipe, data = checked.recipe, checked.recipe.data
     setup = TrainerSetup.of(recipe, check_stop, nodes)
     tokenizer = load_tokenizer(recipe.model.path)  # mistakes in prompts show before a model is loaded
+    if isinstance(setup.objective, TokenizedObjective):
+        setup.objective.take_tokenizer(tokenizer)
     prompts = tokenize(checked.records, tokenizer, data.template, data.max_prompt_tokens)
     heldout = tokenize(checked.heldout, tokenizer, data.template, data.max_prompt_tokens)
     longest = max(recipe.rollout.max_new_tokens, recipe.eval.max_new_tokens or 0)

@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from ttrl.config.inner import inner_plugs
 from ttrl.config.schema import Plug, Recipe
 from ttrl.doctor import versions
 from ttrl.prompts import PromptRecord
@@ -50,6 +51,7 @@ def differences(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
 
 def _plugs(recipe: Recipe) -> list[Plug]:
     parts = [recipe.reward, recipe.objective, *recipe.gates, *recipe.stabilizers, recipe.data.source]
+    parts += [plug for _, plug in inner_plugs(recipe.objective)]
     return [*parts, recipe.rollout.engine, recipe.rollout.sampler, recipe.trainer.backend, recipe.trainer.parameters]
 
 
