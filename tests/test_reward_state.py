@@ -49,7 +49,7 @@ def test_frozen_labels_never_change_and_are_in_the_checkpoint(frozen: Path) -> N
     assert len(labels) == 4
     assert all(len(seen) == 1 for seen in labels.values())
     state = json.loads((frozen / "checkpoints" / "step-000003" / "state.json").read_text())
-    assert state["reward"]["labels"] == {identifier: next(iter(seen)) for identifier, seen in labels.items()}
+    assert state["memory"]["reward"]["labels"] == {identifier: next(iter(seen)) for identifier, seen in labels.items()}
     assert not summary(frozen)["labels_in_training"]
 
 
@@ -69,14 +69,14 @@ def test_a_step_that_fails_leaves_no_memory() -> None:
     reward = Frozen()
 
     def fail() -> None:
-        with remembered(reward):
+        with remembered({"reward": reward}):
             reward(make_group(boxed([5, 5])), context())
             raise RuntimeError("planted")
 
     with pytest.raises(RuntimeError, match="planted"):
         fail()
     assert reward.state() == {"labels": {}}
-    with remembered(reward):
+    with remembered({"reward": reward}):
         reward(make_group(boxed([5, 5])), context())
     assert reward.state() == {"labels": {"p": "5"}}
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,10 +17,11 @@ from pydantic import TypeAdapter
 
 from ttrl.checkpoint import CheckpointStore
 from ttrl.config.schema import Recipe
+from ttrl.errors import ConfigError
 from ttrl.evaluate.book import EvaluationBook
 from ttrl.evaluate.evaluator import Evaluation
 from ttrl.metrics import MetricSet, require_finite
-from ttrl.protocols import Reward, StatefulReward, Trainer
+from ttrl.protocols import Stateful, Trainer
 from ttrl.rundir import CHECKPOINTS, EVAL, GROUPS, METRICS, MODEL, RunDir
 from ttrl.seeds import generator
 from ttrl.sinks import Sink
@@ -142,31 +144,34 @@ class Journal:
             sink.phase(name)
         yield
 
-    def checkpoint(self, trainer: Trainer, reward: Reward, progress: Progress) -> Path:
-        """Weights, optimizer, what the reward remembers, progress and evaluations; atomic."""
+    def checkpoint(self, trainer: Trainer, memory: Mapping[str, Stateful], progress: Progress) -> Path:
+        """Weights, optimizer, what each part remembers under its name, progress and evaluations; atomic."""
 
         def write(folder: Path) -> None:
             trainer.save(folder)
             self.book.save(folder)
 
-        state = {"progress": progress.to_json()}
-        if isinstance(reward, StatefulReward):
-            state["reward"] = dict(reward.state())
+        state = {"progress": progress.to_json(), "memory": remember(memory)}
         return self._store.save(progress.step, state, write)
 
-    def resume(self, trainer: Trainer, reward: Reward) -> Progress:
+    def resume(self, trainer: Trainer, memory: Mapping[str, Stateful]) -> Progress:
         """Load the newest undamaged checkpoint and cut the logs back to it; without any checkpoint start from the beginning.
 
-        Raises ConfigError when there are checkpoints and all of them are damaged.
+        Raises ConfigError when there are checkpoints and all of them are damaged, or hold the memory of other parts.
         """
         if self._store.is_empty():
             self._run.cut_back(-1)
             return Progress()
         folder, state = self._store.latest()
+        held = state["memory"]
+        if held.keys() != memory.keys():
+            raise ConfigError(
+                f"{folder}: holds what {sorted(held) or 'nobody'} remembered, but this recipe needs it of "
+                f"{sorted(memory) or 'nobody'}; was it written by another version of ttrl? Start again with another --output"
+            )
         trainer.load(folder)
         self.book.load(folder)
-        if isinstance(reward, StatefulReward) and "reward" in state:
-            reward.load_state(state["reward"])
+        recall(memory, held)
         self._run.cut_back(int(state["step"]))
         return Progress.from_json(state["progress"])
 
@@ -178,6 +183,17 @@ class Journal:
         trainer.export(part)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(part, final)
+
+
+def remember(memory: Mapping[str, Stateful]) -> dict[str, dict[str, Any]]:
+    """What each part remembers now. A copy: what the parts do next does not change it."""
+    return {name: copy.deepcopy(dict(part.state())) for name, part in memory.items()}
+
+
+def recall(memory: Mapping[str, Stateful], held: Mapping[str, Mapping[str, Any]]) -> None:
+    """Every part continues from what `remember` returned."""
+    for name, part in memory.items():
+        part.load_state(held[name])
 
 
 def group_record(step: int, scored: Scored) -> dict[str, Any]:

@@ -5,17 +5,16 @@ Labels do not occur here. Evaluators are closed boxes that return numbers.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 from ttrl.contract import Blame, check_samples, check_scored
 from ttrl.errors import GuardStop
 from ttrl.flow import Flow, InStep, RunAhead
-from ttrl.journal import Journal, Progress, StepClock
+from ttrl.journal import Journal, Progress, StepClock, recall, remember
 from ttrl.metrics import MetricSet
-from ttrl.protocols import Reward, RewardContext, StatefulReward, StepObjective
+from ttrl.protocols import RewardContext, Stateful, StepObjective
 from ttrl.seeds import derive
 from ttrl.setup import Parts
 from ttrl.stepmetrics import reward_metrics, rollout_metrics
@@ -42,13 +41,13 @@ def one_step(parts: Parts, flow: Flow, journal: Journal, progress: Progress) -> 
     """Sample, score, train, sync; then evaluate and store what is due."""
     recipe, step = parts.recipe, progress.step
     clock, metrics = StepClock(), MetricSet()
-    with clock("rollout"):  # with rollout.ahead: the part of sampling that training had to wait for
-        drawn = flow.groups(step)
-    metrics.merge(rollout_metrics(drawn.groups, recipe.rollout.votes_per_prompt))
-    if recipe.rollout.ahead:
-        metrics.mean("rollout/staleness", step - drawn.state)
-        clock.seconds["sampling"] = drawn.seconds
-    with remembered(parts.reward):
+    with remembered(parts.memory):
+        with clock("rollout"):  # with rollout.ahead: the part of sampling that training had to wait for
+            drawn = flow.groups(step)
+        metrics.merge(rollout_metrics(drawn.groups, recipe.rollout.votes_per_prompt))
+        if recipe.rollout.ahead:
+            metrics.mean("rollout/staleness", step - drawn.state)
+            clock.seconds["sampling"] = drawn.seconds
         with clock("reward"):
             scored = [score(parts, group, step) for group in drawn.groups]
         metrics.merge(reward_metrics(scored, progress.flips(scored)))
@@ -66,7 +65,7 @@ def one_step(parts: Parts, flow: Flow, journal: Journal, progress: Progress) -> 
         raise GuardStop(f"{progress.empty_steps} steps in a row had nothing to train on; the dropped/ metrics say why")
     evaluate_if_due(parts, journal, progress)
     if is_due(progress.step, recipe.checkpoint.every, recipe.steps):
-        journal.checkpoint(parts.trainer, parts.reward, progress)
+        journal.checkpoint(parts.trainer, parts.memory, progress)
 
 
 def make_flow(parts: Parts, first: int) -> Flow:
@@ -90,14 +89,13 @@ def make_flow(parts: Parts, first: int) -> Flow:
 
 
 @contextmanager
-def remembered(reward: Reward) -> Iterator[None]:
-    """What a reward learned in a step that did not complete is forgotten: the step will be done again after a resume."""
-    before = copy.deepcopy(dict(reward.state())) if isinstance(reward, StatefulReward) else None
+def remembered(memory: Mapping[str, Stateful]) -> Iterator[None]:
+    """What was learned in a step that did not complete is forgotten: the step will be done again after a resume."""
+    before = remember(memory)
     try:
         yield
     except BaseException:
-        if before is not None and isinstance(reward, StatefulReward):
-            reward.load_state(before)
+        recall(memory, before)
         raise
 
 

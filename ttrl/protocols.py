@@ -214,15 +214,16 @@ class ExplainedReward(Protocol):
 
 
 @runtime_checkable
-class StatefulReward(Protocol):
-    """Optional: a reward that remembers something across steps. Checkpoints store it, so that a resumed run is exact."""
+class Stateful(Protocol):
+    """Optional, for any part of a run: it remembers something across steps. Checkpoints store it, so that a resumed run is exact,
+    and a step that does not complete is forgotten again. Tensors belong to the trainer's `save`."""
 
     def state(self) -> Mapping[str, Any]:
         """JSON-able."""
         ...
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Continue as the reward that returned `state`."""
+        """Continue as the part that returned `state`."""
         ...
 
 
@@ -362,6 +363,6 @@ Phase = Callable[[str], AbstractContextManager[None]]
 
 __all__ = [
     "Classify", "Engine", "ExplainedReward", "ForwardOut", "Gate", "LabelledReward", "LossOut", "Objective", "Phase", "Pool",
-    "RemoteWeights", "Reward", "RewardContext", "Sampler", "Source", "Stabilizer", "StatefulReward", "StepObjective", "StopCheck",
+    "RemoteWeights", "Reward", "RewardContext", "Sampler", "Source", "Stabilizer", "Stateful", "StepObjective", "StopCheck",
     "TensorBatch", "TokenizedObjective", "Trainer", "WeightSource", "WeightStamp",
 ]  # fmt: skip

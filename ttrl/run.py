@@ -81,7 +81,7 @@ def _run(checked: Checked, parts: Parts, directory: RunDir, *, resume: bool, con
     with _journal(recipe, directory, console) as journal:
         try:
             if resume:
-                progress = journal.resume(parts.trainer, parts.reward)
+                progress = journal.resume(parts.trainer, parts.memory)
                 outcome.seconds_before = progress.seconds
                 parts.link.sync(None)
                 console.print(f"resuming after step {progress.step}")
@@ -89,7 +89,7 @@ def _run(checked: Checked, parts: Parts, directory: RunDir, *, resume: bool, con
             journal.export(parts.trainer)
             outcome.status = COMPLETED
         except (StopRequested, GuardStop) as stop:
-            journal.checkpoint(parts.trainer, parts.reward, progress)
+            journal.checkpoint(parts.trainer, parts.memory, progress)
             journal.export(parts.trainer)
             outcome.status, outcome.reason, outcome.guard = STOPPED, str(stop), isinstance(stop, GuardStop)
         finally:

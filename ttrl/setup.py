@@ -29,6 +29,7 @@ from ttrl.protocols import (
     Reward,
     Sampler,
     Source,
+    Stateful,
     StopCheck,
     TokenizedObjective,
     Trainer,
@@ -78,6 +79,13 @@ class Parts:
     ending: ExitStack
     """What ends workers, ranks and a cluster of our own, in this order."""
 
+    @property
+    def memory(self) -> dict[str, Stateful]:
+        """Every part besides the trainer that remembers something across steps, under the name that checkpoints know it by."""
+        named: dict[str, Any] = {"source": self.source, "sampler": self.sampler, "reward": self.reward}
+        named |= {"objective": self.objective} | {f"gate {i}": gate for i, gate in enumerate(self.gates)}
+        return {name: part for name, part in named.items() if isinstance(part, Stateful)}
+
     def close(self) -> None:
         """Ends what assemble started."""
         self.ending.close()
@@ -112,8 +120,9 @@ def check_recipe(recipe: Recipe) -> Checked:
     attempt(lambda: check_model_path(recipe.model))
     attempt(lambda: check_template(recipe.data.template))
     reader = attempt(lambda: answer_reader(recipe, reward))
+    sampler: Any = None
     if reward is not None and reader is not None:
-        attempt(lambda: build_sampler(recipe, reward, reader))
+        sampler = attempt(lambda: build_sampler(recipe, reward, reader))
     records = attempt(lambda: _read(recipe, recipe.data.prompts, recipe.data.limit))
     source: Any = None
     if records:
@@ -122,6 +131,11 @@ def check_recipe(recipe: Recipe) -> Checked:
                 "source", recipe.data.source, [r.id for r in records], recipe.data.prompts_per_step, recipe.seed
             )
         )
+        if recipe.rollout.ahead and any(isinstance(part, Stateful) for part in (source, sampler)):
+            problems.append(
+                "rollout.ahead draws steps before others are complete, so a source or sampler must not remember steps "
+                "(it has state and load_state); set rollout.ahead: 0"
+            )
         if recipe.eval.labels is not None:
             attempt(lambda: check_labels(str(recipe.eval.labels), [r.id for r in records[: recipe.eval.limit]]))
     labelled = reward is not None and "labels" in reward.needs

@@ -2,7 +2,8 @@
 
     loss = coefficient * sum_t w_t * (high_weight * max(0, H_t - hi) + low_weight * max(0, lo - H_t)) / tokens_in_step
 
-H_t is the entropy of the policy now, with gradient; lo and hi are constants. With `shape: [fork_tokens]` only forks have a weight. Where the edges come from:
+H_t is the entropy of the policy now, with gradient; lo and hi are constants. With `shape: [fork_tokens]` only forks have a weight.
+Where the edges come from:
 
     edges: [lo, hi]           nats, fixed by the recipe
     quantiles: [0.1, 0.5]     of the sampler's entropies over a response, a group or a step (`over`)
