@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 from helpers import make_group, make_scored
-from helpers_torch import batch_of, samples, tensors, trainer
+from helpers_torch import samples, tensors, trainer
+from test_run import lines, train
 
 from ttrl.config.schema import Plug
 from ttrl.metrics import MetricSet
@@ -213,4 +215,28 @@ def test_kl_as_a_regularizer_is_the_stabilizer(tiny_model_dir: Path) -> None:
         machine.step(0, updates)
         norms.append(machine.step(1, updates).grad_norm)  # at step 0 the policy is the start model
     assert norms[0] == pytest.approx(norms[1], rel=1e-6)
-    assert batch_of([([1], [[2]])]).extras == {}
+
+
+def test_a_run_masks_bands_and_remembers(tmp_path: Path) -> None:
+    """The lab recipe with the answer masked as well, through the whole loop; edges of the first step are in the checkpoint."""
+    shape = "[answer_span, {use: fork_tokens, with: {fraction: 0.2, over: step}}]"
+    changes = ["steps=2", f"objective.with.shape={shape}"]
+    result = train(tmp_path / "run", *changes, recipe="lab/spine")
+    assert result.returncode == 0, result.stderr
+    rows = lines(tmp_path / "run" / "metrics.jsonl")
+    for row in rows:
+        assert 0.5 < row["train/answer_masked"] <= 1.0
+        assert row["train/fork_share"] == pytest.approx(0.2, abs=0.01)
+        assert row["train/token_share"] < 0.2
+        assert row["train/fork_entropy"] > row["train/entropy"] * 0.9 > row["train/follower_entropy"]
+        assert row["train/kl"] >= 0.0
+    assert (rows[0]["train/band_low"], rows[0]["train/band_high"]) == (
+        rows[1]["train/band_low"],
+        rows[1]["train/band_high"],
+    )
+    state = json.loads((tmp_path / "run" / "checkpoints" / "step-000002" / "state.json").read_text())
+    (held,) = state["memory"]["objective"].values()
+    assert held == {
+        "edges": [pytest.approx(rows[0]["train/band_low"]), pytest.approx(rows[0]["train/band_high"])],
+        "since": 0,
+    }

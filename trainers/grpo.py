@@ -9,7 +9,7 @@ the way), `loss`, and `regularizers` (terms added to the loss). docs/losses.md l
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ import numpy as np
 from ttrl.config.schema import Plug
 from ttrl.errors import ConfigError
 from ttrl.metrics import MetricSet
+from ttrl.objectives import Decoder
 from ttrl.protocols import ForwardOut, LossOut, TensorBatch
 from ttrl.registry import build, check
 from ttrl.trainers.aggregate import Aggregate, Aggregation
@@ -53,7 +54,7 @@ class GRPO:
             self._loss.needs, *(part.needs for part in (*self._shapers, *self._regularizers))
         )
 
-    def take_tokenizer(self, tokenizer: Any) -> None:
+    def take_tokenizer(self, tokenizer: Decoder) -> None:
         """For shapers that find text among tokens."""
         for shaper in self._shapers:
             shaper.take_tokenizer(tokenizer)
@@ -123,7 +124,7 @@ class GRPO:
                 metrics.sum("dropped/masked_rows", len(samples) - len(kept))
         return [replace(self._aggregation.weigh(sample), entropy=None) for sample in kept], metrics
 
-    def denominator(self, samples: list[Sample]) -> float:
+    def denominator(self, samples: Sequence[Sample]) -> float:
         """`tokens_in_step` of an update on these finished samples."""
         return self._aggregation.denominator(samples)
 

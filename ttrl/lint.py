@@ -24,7 +24,8 @@ import numpy.typing as npt
 from ttrl.config.schema import Recipe
 from ttrl.contract import check_scored
 from ttrl.errors import PluginError
-from ttrl.protocols import ExplainedReward, LabelledReward, Objective, Reward, RewardContext, TokenizedObjective
+from ttrl.objectives import TokenizedObjective
+from ttrl.protocols import ExplainedReward, LabelledReward, Objective, Reward, RewardContext
 from ttrl.registry import build
 from ttrl.seeds import derive, generator
 from ttrl.types import NO_ANSWER, Finish, Group, Message, Prompt, Rollout, Scored, WeightStamp

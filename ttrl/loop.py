@@ -14,7 +14,8 @@ from ttrl.errors import GuardStop
 from ttrl.flow import Flow, InStep, RunAhead
 from ttrl.journal import Journal, Progress, StepClock, recall, remember
 from ttrl.metrics import MetricSet
-from ttrl.protocols import RewardContext, Stateful, StepObjective
+from ttrl.objectives import StepObjective
+from ttrl.protocols import RewardContext, Stateful
 from ttrl.seeds import derive
 from ttrl.setup import Parts
 from ttrl.stepmetrics import reward_metrics, rollout_metrics

@@ -290,26 +290,6 @@ class Objective(Protocol):
     def loss(self, out: ForwardOut, batch: TensorBatch) -> LossOut: ...
 
 
-@runtime_checkable
-class StepObjective(Protocol):
-    """Optional: an objective that looks at all samples of a step at once, and says what their loss is divided by."""
-
-    def finish(self, samples: Sequence[Sample], step: int) -> tuple[list[Sample], MetricSet]:
-        """The samples to pack, in the order given, and metrics of the step. Called once per step that has samples."""
-        ...
-
-    def denominator(self, samples: Sequence[Sample]) -> float:
-        """`tokens_in_step` of an update on these samples, over all micro-batches and ranks."""
-        ...
-
-
-@runtime_checkable
-class TokenizedObjective(Protocol):
-    """Optional: an objective that has to find text among tokens. Called once, before the first group."""
-
-    def take_tokenizer(self, tokenizer: Tokenizer) -> None: ...
-
-
 class Stabilizer(Protocol):
     """What holds the weights back: a term added to the loss."""
 
@@ -363,6 +343,6 @@ Phase = Callable[[str], AbstractContextManager[None]]
 
 __all__ = [
     "Classify", "Engine", "ExplainedReward", "ForwardOut", "Gate", "LabelledReward", "LossOut", "Objective", "Phase", "Pool",
-    "RemoteWeights", "Reward", "RewardContext", "Sampler", "Source", "Stabilizer", "Stateful", "StepObjective", "StopCheck",
-    "TensorBatch", "TokenizedObjective", "Trainer", "WeightSource", "WeightStamp",
+    "RemoteWeights", "Reward", "RewardContext", "Sampler", "Source", "Stabilizer", "Stateful", "StopCheck",
+    "TensorBatch", "Trainer", "WeightSource", "WeightStamp",
 ]  # fmt: skip

@@ -19,6 +19,7 @@ from ttrl.errors import ConfigError
 from ttrl.evaluate.evaluator import Evaluator, check_labels
 from ttrl.evaluate.labels import read_labels
 from ttrl.model_path import check_model_path
+from ttrl.objectives import TokenizedObjective
 from ttrl.prompts import PromptRecord, check_room, read_prompts, tokenize
 from ttrl.protocols import (
     Engine,
@@ -31,7 +32,6 @@ from ttrl.protocols import (
     Source,
     Stateful,
     StopCheck,
-    TokenizedObjective,
     Trainer,
 )  # fmt: skip
 from ttrl.registry import build, check, resolve

@@ -13,13 +13,13 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
 from ttrl.metrics import MetricSet
+from ttrl.objectives import Decoder
 from ttrl.trainers.shapers.base import Shaper, masked
-from ttrl.types import IntArray, Sample, Scored
+from ttrl.types import FloatArray, IntArray, Sample, Scored
 
 SPAN = "answer_span"
 
@@ -51,19 +51,18 @@ class AnswerSpan(Shaper):
 
     def __init__(self, *, to_end: bool = False) -> None:
         self._to_end = to_end
-        self._tokenizer: Any = None
+        self._tokenizer: Decoder | None = None
 
-    def take_tokenizer(self, tokenizer: Any) -> None:
+    def take_tokenizer(self, tokenizer: Decoder) -> None:
         self._tokenizer = tokenizer
 
     def on_group(self, samples: list[Sample], scored: Scored, trained: IntArray) -> list[Sample]:
-        assert self._tokenizer is not None, "take_tokenizer comes first"
         return [
             replace(sample, extras={**sample.extras, SPAN: self._span(sample.completion_ids, scored.answers[int(i)])})
             for sample, i in zip(samples, trained, strict=True)
         ]
 
-    def _span(self, token_ids: IntArray, answer: str | None) -> np.ndarray[Any, np.dtype[np.float32]]:
+    def _span(self, token_ids: IntArray, answer: str | None) -> FloatArray:
         flags = np.zeros(len(token_ids), np.float32)
         found = answer_tokens(token_ids, answer, self._decode) if answer else None
         if found is not None:
@@ -71,7 +70,8 @@ class AnswerSpan(Shaper):
         return flags
 
     def _decode(self, token_ids: IntArray) -> str:
-        return str(self._tokenizer.decode(token_ids.tolist(), skip_special_tokens=True))
+        assert self._tokenizer is not None, "take_tokenizer comes first"
+        return self._tokenizer.decode(token_ids.tolist(), skip_special_tokens=True)
 
     def on_step(self, samples: list[Sample], step: int, metrics: MetricSet) -> list[Sample]:
         """train/answer_masked: share of samples whose answer was found and masked."""

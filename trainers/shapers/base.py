@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from ttrl.errors import PluginError
 from ttrl.metrics import MetricSet
+from ttrl.objectives import Decoder
 from ttrl.types import BoolArray, IntArray, Sample, Scored
 
 Floats = npt.NDArray[np.floating]
@@ -47,7 +48,7 @@ class Shaper:
         """All samples of a step -> the same number of them, in the same order."""
         return samples
 
-    def take_tokenizer(self, tokenizer: Any) -> None:
+    def take_tokenizer(self, tokenizer: Decoder) -> None:
         """Only for those that need one."""
 
     def state(self) -> Mapping[str, Any]:
