@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from helpers import make_group, make_scored
 from helpers_torch import tensors
 
 from ttrl.config.schema import Plug
+from ttrl.loop import update
 from ttrl.protocols import ForwardOut, LossOut, TensorBatch
 from ttrl.registry import build
 from ttrl.trainers.dealing import computed_tokens, deal
@@ -24,7 +26,7 @@ from ttrl.trainers.losses.gspo import GSPOLoss
 from ttrl.trainers.losses.kl import KLAnchor
 from ttrl.trainers.losses.tis import TISLoss
 from ttrl.trainers.losses.topr import TOPRLoss, effective_positive_share
-from ttrl.trainers.packing import pack, split_updates
+from ttrl.trainers.packing import pack
 from ttrl.types import PackedBatch, Sample, Scored
 
 Loss = Callable[[ForwardOut, TensorBatch], LossOut]
@@ -341,11 +343,11 @@ def test_micro_batches_and_ranks_change_neither_loss_nor_gradient(name: str) -> 
     assert len(whole) == 1
     loss, expected, metrics = gradient(made, whole)
     assert expected.abs().max() > 1e-4
-    for budget in (60, 25, 1):
+    for budget in (10_000, 40, 1):
         for ranks in (1, 2, 5):
             parts = pack(samples, budget, made.denominator(samples))
             dealt = deal(parts, ranks, lambda b: computed_tokens(b, shared_prompt=True))
-            assert len(parts) > 1
+            assert len(parts) > 1 or budget == 10_000
             found = gradient(made, [one for rank in dealt for one in rank])
             assert found[0] == pytest.approx(loss, rel=1e-9, abs=1e-12)
             torch.testing.assert_close(found[1], expected, rtol=1e-9, atol=1e-12)
@@ -355,7 +357,20 @@ def test_micro_batches_and_ranks_change_neither_loss_nor_gradient(name: str) -> 
 def test_every_update_of_a_step_has_its_own_denominator() -> None:
     made: GRPO = build("objective", Plug.model_validate({"use": "grpo", "with": OBJECTIVES["dr_grpo"]}))
     samples, _ = made.finish([s for group in step_of_groups() for s in made.samples(group)], 0)
-    assert [made.denominator(share) for share in split_updates(samples, 2)] == [8 * 20.0, 4 * 20.0]
+    seen: list[list[float]] = []
+
+    def step(number: int, updates: Sequence[Sequence[PackedBatch]]) -> None:
+        seen.extend([one.tokens_in_step for one in batches] for batches in updates)
+
+    settings = SimpleNamespace(updates_per_step=2, tokens_per_microbatch=20)
+    parts: Any = SimpleNamespace(
+        recipe=SimpleNamespace(trainer=settings),
+        objective=made,
+        trainer=SimpleNamespace(step=step, shares_prompts=True),
+    )
+    update(parts, 0, samples)
+    assert [set(share) for share in seen] == [{8 * 20.0}, {4 * 20.0}]
+    assert all(len(share) > 1 for share in seen)
 
 
 def test_samples_of_the_default_objective_are_untouched() -> None:

@@ -25,7 +25,6 @@ from ttrl.trainers.grpo import GRPO
 from ttrl.trainers.losses.entropy_band import EntropyBand, band_edges
 from ttrl.trainers.losses.kl import KLAnchor
 from ttrl.trainers.packing import pack
-from ttrl.trainers.torch_backend import TorchTrainer
 from ttrl.types import Sample, Scored
 
 
@@ -128,7 +127,7 @@ def test_a_fork_outside_the_band_is_pushed_back_by_one_over_the_forks(edges: tup
 # --- the collapse ----------------------------------------------------------------------------------------------------------
 
 
-STEPS, FILLERS = 40, 4
+STEPS, FILLERS = 30, 4
 
 
 def vote(theta: torch.Tensor, rng: np.random.Generator) -> tuple[Scored, list[list[tuple[int, int]]]]:
@@ -158,9 +157,9 @@ def vote(theta: torch.Tensor, rng: np.random.Generator) -> tuple[Scored, list[li
 
 
 def adapt(made: GRPO, seed: int) -> tuple[float, float]:
-    """(how likely one more thought is, how likely the popular answer is after thinking) after label-free steps from 0.9 and 0.6."""
+    """(how likely one more thought is, how likely the popular answer is after thinking) after label-free steps from 0.9 and 0.5."""
     rng = np.random.default_rng(seed)
-    theta = torch.tensor([[2.2, 0.0], [1.5, 0.0], [0.4, 0.0]], dtype=torch.float64, requires_grad=True)
+    theta = torch.tensor([[2.2, 0.0], [1.5, 0.0], [0.0, 0.0]], dtype=torch.float64, requires_grad=True)
     for step in range(STEPS):
         scored, _ = vote(theta, rng)
         finished, _ = made.finish(made.samples(scored), step)
@@ -171,19 +170,19 @@ def adapt(made: GRPO, seed: int) -> tuple[float, float]:
             ForwardOut(logprobs=logprobs, entropy=logprobs, ref_logprobs=None), tensors(packed, torch.float64)
         )
         gradient = torch.autograd.grad(out.loss, theta)[0]
-        theta = (theta.detach() - 0.06 * gradient).requires_grad_()
+        theta = (theta.detach() - 0.12 * gradient).requires_grad_()
     shares = theta.softmax(1)[:, 0].tolist()
     return shares[0], shares[2]
 
 
 def test_training_on_forks_leaves_filler_alone_where_training_on_everything_shortens_it() -> None:
     """Stopping early goes with the popular answer, so a reward for the popular answer pays for not thinking."""
-    start = float(torch.tensor([2.2, 0.0]).softmax(0)[0])
-    for seed in range(3):
+    start = float(torch.tensor([2.2, 0.0], dtype=torch.float64).softmax(0)[0])
+    for seed in range(2):
         thinking, popular = adapt(objective(), seed)
-        assert thinking < start - 0.01 and popular > 0.62
+        assert thinking < start - 0.01 and popular > 0.55
         thinking, popular = adapt(objective(shape=["fork_tokens"]), seed)
-        assert thinking == pytest.approx(start, abs=1e-15) and popular > 0.62
+        assert thinking == pytest.approx(start, abs=1e-15) and popular > 0.55
 
 
 # --- the real forward pass --------------------------------------------------------------------------------------------------
@@ -221,42 +220,25 @@ def test_kl_as_a_regularizer_is_the_stabilizer(tiny_model_dir: Path) -> None:
 
 
 SMALL = [
-    "steps=4", "data.limit=4", "data.prompts_per_step=2", "rollout.votes_per_prompt=6", "eval.samples=1", "eval.k=[1]",
-    "eval.limit=1", "eval.heldout=null", "checkpoint.every=2", "log.groups_per_step=0", "trainer.lr=0.001",
+    "steps=2", "data.limit=6", "data.prompts_per_step=6", "rollout.votes_per_prompt=6", "eval.samples=1", "eval.k=[1]",
+    "eval.limit=1", "eval.heldout=null", "log.groups_per_step=0",
     "objective.with.shape=[answer_span, {use: fork_tokens, with: {fraction: 0.2, over: step}}]",
 ]  # fmt: skip
 
 
-def go(folder: Path, *, resume: bool = False) -> list[dict[str, Any]]:
-    """The lab recipe with the answer masked as well: the rows of metrics.jsonl without times."""
-    recipe = load_recipe("lab/spine", [*SMALL, f"output={json.dumps(str(folder))}"])
-    assert run(recipe, resume=resume, console=Console(quiet=True)).status == "completed"
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if not key.startswith("time/")} for row in rows]
-
-
-def test_a_whole_run_masks_and_bands_and_a_crash_does_not_move_the_band(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Edges stay for three steps: a run resumed at step 2 must still have those of step 0."""
-    rows = go(tmp_path / "whole")
+def test_a_whole_run_masks_and_bands_and_remembers(tmp_path: Path) -> None:
+    """The lab recipe with the answer masked as well. Its edges stay for three steps, so the checkpoint has those of step 0."""
+    recipe = load_recipe("lab/spine", [*SMALL, f"output={json.dumps(str(tmp_path / 'run'))}"])
+    assert run(recipe, resume=False, console=Console(quiet=True)).status == "completed"
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 2
     for row in rows:
         assert 0.0 < row["train/answer_masked"] <= 1.0
         assert row["train/fork_share"] == pytest.approx(0.2, abs=0.02)
-        assert row["train/token_share"] <= 0.21
+        assert row["train/token_share"] < 0.2  # of all tokens, those of the answers included
         assert row["train/fork_entropy"] > row["train/follower_entropy"]
-    edges = [(row["train/band_low"], row["train/band_high"]) for row in rows]
-    assert edges[0] == edges[1] == edges[2] != edges[3]
-
-    original = TorchTrainer.step
-
-    def failing(self: TorchTrainer, step: int, updates: Any) -> Any:
-        if step == 3:
-            raise RuntimeError("power cut")
-        return original(self, step, updates)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(TorchTrainer, "step", failing)
-        with pytest.raises(RuntimeError, match="power cut"):
-            go(tmp_path / "cut")
-    assert go(tmp_path / "cut", resume=True) == rows
+    low, high = ([row[f"train/band_{name}"] for row in rows] for name in ("low", "high"))
+    assert low[0] == pytest.approx(low[1], rel=1e-12) and high[0] == pytest.approx(high[1], rel=1e-12)
+    state = json.loads((tmp_path / "run" / "checkpoints" / "step-000002" / "state.json").read_text())
+    (held,) = state["memory"]["objective"].values()
+    assert held == {"edges": [pytest.approx(low[0]), pytest.approx(high[0])], "since": 0}
