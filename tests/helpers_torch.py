@@ -137,6 +137,7 @@ def tensors(batch: PackedBatch, dtype: torch.dtype = torch.float32) -> TensorBat
         weights=torch.as_tensor(batch.weights, dtype=dtype),
         tokens_in_step=batch.tokens_in_step,
         rows=torch.as_tensor(row_index(batch)),
+        extras={name: torch.as_tensor(values, dtype=dtype) for name, values in batch.extras.items()},
     )
 
 

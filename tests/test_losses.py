@@ -1,32 +1,19 @@
-"""Policy loss and KL anchor against hand-computed numbers, an independent reference and TRL's GRPO loss."""
+"""Policy loss and KL anchor against hand-computed numbers and an independent reference."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers_torch import (
-    PAD,
-    forward_out,
-    gradients,
-    largest_difference,
-    samples,
-    tensors,
-    tiny_llama,
-    tiny_tokenizer,
-)
+from helpers_torch import forward_out
 
 from ttrl.protocols import LossOut, TensorBatch
-from ttrl.trainers.forward import CompletionScorer
 from ttrl.trainers.losses.clip import ClipLoss
 from ttrl.trainers.losses.kl import KLAnchor
-from ttrl.trainers.packing import pack
-from ttrl.types import Sample
 
 
 def batch(
@@ -228,126 +215,3 @@ def test_the_split_into_micro_batches_changes_neither_loss_nor_gradients_nor_met
     assert many[0] == pytest.approx(one[0], rel=1e-12)
     torch.testing.assert_close(many[1], one[1], rtol=1e-12, atol=1e-15)
     assert many[2] == pytest.approx(one[2], rel=1e-6)
-
-
-# --- TRL's GRPO trainer on the same tensors -----------------------------------------------------------------------------
-
-
-TEMPERATURE = 0.7
-BETA = 0.04
-
-
-def trl_trainer(folder: Path, output: Path, loss_type: str, delta: float | None) -> Any:
-    trl = pytest.importorskip("trl")
-    datasets = pytest.importorskip("datasets")
-    made = trl.GRPOTrainer(
-        model=str(folder),
-        reward_funcs=lambda completions, **_: [0.0] * len(completions),
-        args=trl.GRPOConfig(
-            output_dir=str(output), use_cpu=True, bf16=False, gradient_checkpointing=False, report_to=[],
-            per_device_train_batch_size=8, gradient_accumulation_steps=1, num_generations=2, max_completion_length=16,
-            loss_type=loss_type, beta=BETA, epsilon=0.2, epsilon_high=0.3, delta=delta, temperature=TEMPERATURE,
-            use_bias_correction_kl=False,  # by default TRL multiplies the k3 term by the ratio
-        ),
-        train_dataset=datasets.Dataset.from_dict({"prompt": ["1+1"] * 8}),
-        processing_class=tiny_tokenizer(),
-    )  # fmt: skip
-    made.current_gradient_accumulation_steps = 1  # set by the training loop, which is not run here
-    return made
-
-
-def trl_inputs(items: Sequence[Sample], ref_logprobs: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
-    """What TRL's own generation step hands to its loss: prompts padded left, completions right."""
-    prompts, longest = max(len(s.prompt_ids) for s in items), max(len(s.completion_ids) for s in items)
-
-    def table(values: Sequence[np.ndarray], width: int, fill: float, left: bool, dtype: torch.dtype) -> torch.Tensor:
-        rows = torch.full((len(values), width), fill, dtype=dtype)
-        for row, value in zip(rows, values, strict=True):
-            start = width - len(value) if left else 0
-            row[start : start + len(value)] = torch.as_tensor(value)
-        return rows
-
-    def right(values: Sequence[np.ndarray]) -> torch.Tensor:
-        return table(values, longest, 0.0, False, torch.float32)
-
-    return {
-        "prompt_ids": table([s.prompt_ids for s in items], prompts, PAD, True, torch.long),
-        "prompt_mask": table([np.ones_like(s.prompt_ids) for s in items], prompts, 0, True, torch.long),
-        "completion_ids": table([s.completion_ids for s in items], longest, PAD, False, torch.long),
-        "completion_mask": table([np.ones_like(s.completion_ids) for s in items], longest, 0, False, torch.long),
-        "advantages": torch.tensor([float(s.advantages[0]) for s in items]),
-        "old_per_token_logps": right([s.sampler_logprobs for s in items]),
-        "ref_per_token_logps": right(ref_logprobs),
-        "num_items_in_batch": torch.tensor(float(sum(len(s.completion_ids) for s in items))),
-    }
-
-
-def near_policy(items: Sequence[Sample], logprobs: np.ndarray, seed: int) -> list[Sample]:
-    """The samples with weight 1 and sampler log-probs around the policy's own, so that some ratios are clipped."""
-    rng, start, moved = np.random.default_rng(seed), 0, []
-    for item in items:
-        length = len(item.completion_ids)
-        own = logprobs[start : start + length]
-        start += length
-        moved.append(
-            Sample(
-                prompt_ids=item.prompt_ids, completion_ids=item.completion_ids, advantages=item.advantages,
-                weights=np.ones(length, np.float32), group=item.group,
-                sampler_logprobs=(own + rng.normal(0, 0.5, size=length)).astype(np.float32),
-            )
-        )  # fmt: skip
-    return moved
-
-
-@pytest.mark.parametrize(
-    ("loss_type", "dual"), [("dapo", None), ("bnpo", None), ("dapo", 1.5)], ids=["dapo", "bnpo", "two-sided"]
-)
-def test_loss_and_gradients_equal_those_of_trl(
-    tiny_model_dir: Path, tmp_path: Path, loss_type: str, dual: float | None
-) -> None:
-    # TRL's two-sided clip (delta) caps the ratio; for negative advantages that is the dual clip, for positive ones the
-    # ordinary clip is tighter. bnpo divides by the tokens of the batch, which here is the whole step.
-    peer = trl_trainer(tiny_model_dir, tmp_path, loss_type, dual)
-    # Lengths fall within a group, so that packing does not reorder and both sides see the rows in one order
-    items = samples(((7, 5, 3, 1), (6, 6, 2)), seed=3)
-    scorer = CompletionScorer(tiny_llama(), TEMPERATURE)
-    with torch.no_grad():
-        items = near_policy(items, scorer(pack(items, 10_000)[0]).logprobs.numpy(), seed=5)
-    packed = pack(items, 10_000)[0]
-    rng = np.random.default_rng(6)
-    ref = packed.sampler_logprobs + rng.normal(0, 0.5, size=len(packed.sampler_logprobs)).astype(np.float32)
-
-    model = tiny_llama()
-    scores = CompletionScorer(model, TEMPERATURE)(packed)
-    out = forward_out(scores.logprobs, torch.as_tensor(ref))
-    of = tensors(packed)
-    policy_term = ClipLoss(clip=(0.2, 0.3), dual_clip=dual)(out, of)
-    loss = policy_term.loss + KLAnchor(coefficient=BETA).loss(out, of).loss
-    loss.backward()
-    assert 0.2 < policy_term.metrics.values()["train/clip_fraction"] < 0.9  # both branches are in use
-
-    splits = np.cumsum([len(item.completion_ids) for item in items])[:-1]
-    peer_loss = peer.compute_loss(peer.model, trl_inputs(items, np.split(ref, splits)))
-    peer_loss.backward()
-    expected = gradients(peer.model)
-    scale = max(float(gradient.abs().max()) for gradient in expected.values())
-    assert scale > 1e-3
-    assert float(loss.detach()) == pytest.approx(float(peer_loss.detach()), abs=2e-6)
-    assert largest_difference(gradients(model), expected) < 1e-5 * scale
-
-
-def test_trl_entropies_and_logprobs_equal_ours(tiny_model_dir: Path, tmp_path: Path) -> None:
-    peer = trl_trainer(tiny_model_dir, tmp_path, "dapo", None)
-    items = samples(((7, 5, 3, 1), (6, 6, 2)), seed=4)
-    inputs = trl_inputs(items, [np.zeros(len(item.completion_ids)) for item in items])
-    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
-    mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-    keep = inputs["completion_ids"].shape[1]
-    with torch.no_grad():
-        logprobs, entropy, _ = peer._get_per_token_logps_and_entropies(
-            peer.model, ids, mask, keep, compute_entropy=True
-        )
-        ours = CompletionScorer(tiny_llama(), TEMPERATURE)(pack(items, 10_000)[0])
-    inside = inputs["completion_mask"].bool()
-    torch.testing.assert_close(ours.logprobs, logprobs[inside], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(ours.entropy, entropy[inside], rtol=1e-5, atol=1e-5)

@@ -31,3 +31,13 @@ def dr_grpo(rewards: Rewards) -> npt.NDArray[np.float64]:
     if values.size == 1 or np.all(values == values[0]):
         return np.zeros_like(values)
     return np.asarray(values - values.mean())
+
+
+def rloo(rewards: Rewards) -> npt.NDArray[np.float64]:
+    """A_i = r_i - mean of the others = R / (R - 1) * (r_i - mean) (RLOO, arXiv 2402.14740): an unbiased baseline, no spread.
+
+    Golden: six 1 and two 0 -> 0.2857, -0.8571. A group of one has nobody to compare with and gets 0 (in verl that depends on which of
+    its two implementations is used).
+    """
+    centred = dr_grpo(rewards)
+    return centred if centred.size == 1 else np.asarray(centred * (centred.size / (centred.size - 1)))

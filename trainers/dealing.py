@@ -72,4 +72,5 @@ def _rows(batch: PackedBatch, rows: Sequence[tuple[int, int]], first: int, last:
     return replace(
         batch, segments=segments, completion_ids=batch.completion_ids[part], sampler_logprobs=batch.sampler_logprobs[part],
         advantages=batch.advantages[part], weights=batch.weights[part],
+        extras={name: values[part] for name, values in batch.extras.items()},
     )  # fmt: skip

@@ -62,4 +62,5 @@ def padded(batch: PackedBatch | None, segments: int) -> PackedBatch:
         sampler_logprobs=np.concatenate([batch.sampler_logprobs, zeros]),
         advantages=np.concatenate([batch.advantages, zeros]),
         weights=np.concatenate([batch.weights, zeros]),
+        extras={name: np.concatenate([values, zeros]) for name, values in batch.extras.items()},
     )

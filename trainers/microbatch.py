@@ -111,6 +111,7 @@ class BatchLoss:
             weights=torch.as_tensor(batch.weights, device=device),
             tokens_in_step=batch.tokens_in_step,
             rows=torch.as_tensor(row_index(batch), device=device),
+            extras={name: torch.as_tensor(values, device=device) for name, values in batch.extras.items()},
         )
         total: Tensor = torch.zeros((), device=device)
         metrics = MetricSet()

@@ -84,6 +84,7 @@ def _batch(segments: Sequence[Sequence[Sample]], tokens_in_step: float) -> Packe
         advantages=np.concatenate([row.advantages for row in rows]),
         weights=np.concatenate([row.weights for row in rows]),
         tokens_in_step=tokens_in_step,
+        extras={name: np.concatenate([row.extras[name] for row in rows]) for name in rows[0].extras},
     )
 
 

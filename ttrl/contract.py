@@ -55,8 +55,12 @@ def check_samples(samples: Sequence[Sample]) -> None:
     """Raises PluginError when per-token arrays do not fit the completion, or are not finite."""
     for sample in samples:
         tokens = len(sample.completion_ids)
-        for name in ("sampler_logprobs", "advantages", "weights"):
-            values = getattr(sample, name)
+        if sample.extras.keys() != samples[0].extras.keys():
+            raise PluginError(
+                f"all samples must carry the same extras, got {sorted(samples[0].extras)} and {sorted(sample.extras)}"
+            )
+        columns = {name: getattr(sample, name) for name in ("sampler_logprobs", "advantages", "weights")}
+        for name, values in {**columns, **sample.extras}.items():
             if len(values) != tokens or not np.isfinite(values).all():
                 raise PluginError(f"{name} must be {tokens} finite numbers, one per completion token")
         if tokens == 0:

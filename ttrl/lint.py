@@ -24,6 +24,7 @@ import numpy.typing as npt
 from ttrl.config.schema import Recipe
 from ttrl.contract import check_scored
 from ttrl.errors import PluginError
+from ttrl.objectives import TokenizedObjective
 from ttrl.protocols import ExplainedReward, LabelledReward, Objective, Reward, RewardContext
 from ttrl.registry import build
 from ttrl.seeds import derive, generator
@@ -61,6 +62,8 @@ def lint(
     reward: Reward, objective: Objective, *, votes: int, trained: int | None = None, seed: int = 0, name: str = "reward"
 ) -> list[Finding]:
     """Try a reward on groups of `votes` synthetic rollouts, `trained` of them trainable (default: all). `reward` is not changed."""
+    if isinstance(objective, TokenizedObjective):
+        objective.take_tokenizer(_NoText())
     trial = _Trial(reward, objective, trained or votes, seed)
     if reward.min_votes > votes:
         return [Finding(code="votes", message=f"{name} needs {reward.min_votes} votes, the recipe draws {votes}")]
@@ -82,6 +85,13 @@ def lint(
     except (ArithmeticError, AttributeError, LookupError, PluginError, RuntimeError, TypeError, ValueError) as error:
         return [Finding(code="failed", message=f"{name} raised on a synthetic group: {type(error).__name__}: {error}")]
     return [Finding(code=f.code, message=f"{name}: {f.message}") for f in found]
+
+
+class _NoText:
+    """The tokenizer of synthetic rollouts, whose token ids mean nothing."""
+
+    def decode(self, token_ids: Any, *, skip_special_tokens: bool = False) -> str:
+        return ""
 
 
 class _Trial:

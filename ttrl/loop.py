@@ -18,13 +18,14 @@ from ttrl.flow import Flow, InStep, RunAhead, Taught
 from ttrl.hooks import WeighingGate
 from ttrl.journal import Journal, Progress, StepClock, recall, remember
 from ttrl.metrics import MetricSet
+from ttrl.objectives import StepObjective
 from ttrl.protocols import RewardContext, Sampler, Stateful
 from ttrl.rollout.flat import FlatSampler
 from ttrl.seeds import derive
 from ttrl.setup import Parts
 from ttrl.stepmetrics import agreement, reward_metrics, rollout_metrics
 from ttrl.trainers.packing import pack, split_updates
-from ttrl.types import Group, Sample, Scored, StepStats
+from ttrl.types import Group, PackedBatch, Sample, Scored, StepStats
 
 
 def train(parts: Parts, journal: Journal, progress: Progress) -> None:
@@ -65,6 +66,7 @@ def one_step(parts: Parts, flow: Flow, journal: Journal, progress: Progress) -> 
             ruling = parts.guards.rule(step, scored, metrics)
         admitted = admit(parts, ruling.admitted(scored, metrics), metrics)
         samples = [sample for item in admitted for sample in to_samples(parts, item)]
+        samples = finish(parts, step, samples, metrics)
         with clock("train"), nullcontext() if recipe.rollout.ahead else parts.pool.released():
             stats = update(parts, step, samples)
         with clock("guard"):  # before anybody samples from the new weights
@@ -201,13 +203,29 @@ def to_samples(parts: Parts, scored: Scored) -> list[Sample]:
     return samples
 
 
+def finish(parts: Parts, step: int, samples: list[Sample], metrics: MetricSet) -> list[Sample]:
+    """What the objective does to the samples of a step as a whole: normalise over all of them, mask tokens, weigh rows."""
+    if not samples or not isinstance(parts.objective, StepObjective):
+        return samples
+    with Blame("objective", parts.recipe.objective.use, "any of the step"):
+        finished, found = parts.objective.finish(samples, step)
+        check_samples(finished)
+    metrics.merge(found)
+    return finished
+
+
 def update(parts: Parts, step: int, samples: Sequence[Sample]) -> StepStats | None:
     """Move the weights; None when there was nothing to train on."""
     if not samples:
         return None
     settings, shared = parts.recipe.trainer, parts.trainer.shares_prompts
-    shares = split_updates(samples, settings.updates_per_step)
-    return parts.trainer.step(step, [pack(s, settings.tokens_per_microbatch, shared_prompt=shared) for s in shares])
+    objective = parts.objective
+
+    def packed(share: list[Sample]) -> list[PackedBatch]:
+        whole = objective.denominator(share) if isinstance(objective, StepObjective) else None
+        return pack(share, settings.tokens_per_microbatch, whole, shared_prompt=shared)
+
+    return parts.trainer.step(step, [packed(share) for share in split_updates(samples, settings.updates_per_step)])
 
 
 def evaluate_if_due(parts: Parts, journal: Journal, progress: Progress) -> None:

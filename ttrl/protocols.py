@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -263,7 +263,9 @@ class TensorBatch:
     weights: torch.Tensor
     tokens_in_step: float
     rows: torch.Tensor
-    """[N] int64: the row (completion) a token belongs to, counted from 0 through the batch."""
+    """[N] int64: the row (completion) a token belongs to, counted from 0 through the batch. Rows are never split."""
+    extras: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """[N] each, see `Sample.extras`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,6 +21,7 @@ from ttrl.evaluate.labels import read_labels
 from ttrl.guards import Keeper, build_guards
 from ttrl.model_path import check_model_path
 from ttrl.modes import Mode
+from ttrl.objectives import TokenizedObjective
 from ttrl.prompts import PromptRecord, check_room, read_prompts, tokenize
 from ttrl.protocols import (
     Engine,
@@ -187,6 +188,8 @@ def _assemble(checked: Checked, check_stop: StopCheck, ending: ExitStack) -> Par
     recipe, data = checked.recipe, checked.recipe.data
     setup = TrainerSetup.of(recipe, check_stop, nodes)
     tokenizer = load_tokenizer(recipe.model.path)  # mistakes in prompts show before a model is loaded
+    if isinstance(setup.objective, TokenizedObjective):
+        setup.objective.take_tokenizer(tokenizer)
     prompts = tokenize(checked.records, tokenizer, data.template, data.max_prompt_tokens)
     heldout = tokenize(checked.heldout, tokenizer, data.template, data.max_prompt_tokens)
     longest = max(recipe.rollout.max_new_tokens, recipe.eval.max_new_tokens or 0)

@@ -172,6 +172,10 @@ class Sample:
     """[T] weight of each token in the loss; 0 leaves a token out of the policy term and of the denominator."""
     group: str
     """Prompt id. Samples of one group share their prompt tokens, which the trainer may compute once."""
+    entropy: FloatArray | None = None
+    """[T] the sampler's entropies in nats, when a part of the objective needs them. They are not packed."""
+    extras: Mapping[str, FloatArray] = field(default_factory=lambda: _EMPTY)
+    """[T] each: named numbers per token that the loss will see again. All samples of a step carry the same names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,7 +203,10 @@ class PackedBatch:
     weights: FloatArray
     """[N]"""
     tokens_in_step: float
-    """Sum of the weights over every micro-batch of every rank of this update: the one denominator."""
+    """Sum of the weights over every micro-batch of every rank of this update, unless the objective says otherwise: the one
+    denominator."""
+    extras: Mapping[str, FloatArray] = field(default_factory=lambda: _EMPTY)
+    """[N] each, see `Sample.extras`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,6 +21,7 @@ class ClipLoss:
     """clip = (low, high). Gradient is zero where the clipped branch is active, as usual."""
 
     needs: frozenset[str] = frozenset()
+    aggregate = "token"
 
     def __init__(self, *, clip: tuple[float, float] = (0.2, 0.2), dual_clip: float | None = None) -> None:
         low, high = clip

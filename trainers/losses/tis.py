@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Literal
 
 from ttrl.metrics import MetricSet
 from ttrl.protocols import ForwardOut, LossOut, TensorBatch
+from ttrl.trainers.losses.rows import row_sums
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,6 +32,7 @@ class TISLoss:
     """`objective: {use: grpo, with: {loss: tis, tis: {level: token, cap: 2.0}}}`. All tensors are flat, [N]."""
 
     needs: frozenset[str] = frozenset()
+    aggregate = "token"
 
     def __init__(self, *, level: Literal["token", "sequence"] = "token", cap: float = 2.0) -> None:
         if cap < 1.0:
@@ -57,6 +59,4 @@ class TISLoss:
         raw = out.logprobs.detach() - batch.sampler_logprobs
         if self._level == "token":
             return raw
-        raw = raw * (batch.weights > 0)  # tokens that nobody sampled are no part of the sequence's probability
-        sums = raw.new_zeros(int(batch.rows.max()) + 1).index_add(0, batch.rows, raw)
-        return sums[batch.rows]
+        return row_sums(raw, batch)  # tokens that nobody sampled are no part of the sequence's probability

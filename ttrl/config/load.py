@@ -27,7 +27,7 @@ _FILE_KEYS: tuple[KeyPath, ...] = (
 _PLUG_KEYS = frozenset(
     (
         "use", "source", "sampler", "engine", "reward", "gates", "objective", "advantage", "loss", "stabilizers", "guards", "backend",
-        "parameters", "function",
+        "parameters", "function", "shape", "regularizers",
     )
 )  # fmt: skip
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from ttrl.answers import Answered, Vote, count_votes
 from ttrl.errors import ConfigError, EngineError, StopRequested
 from ttrl.journal import Journal, Progress, StepClock, recall, remember
-from ttrl.loop import admit, draw, is_due, remembered, score, to_samples, update
+from ttrl.loop import admit, draw, finish, is_due, remembered, score, to_samples, update
 from ttrl.metrics import MetricSet
 from ttrl.protocols import Trainer
 from ttrl.rollout.flat import vote_requests
@@ -52,6 +52,10 @@ class PerPrompt:
         """Raises ConfigError for what cannot be done when the weights go back after every prompt."""
         if recipe.rollout.ahead:
             raise ConfigError("source per_prompt samples from the weights it just made; set rollout.ahead: 0")
+        if recipe.guards:
+            raise ConfigError(
+                "source per_prompt goes back to the start weights after every prompt, so guards have nothing to watch; remove guards"
+            )
         if recipe.eval.heldout is not None or recipe.eval.every:
             raise ConfigError(
                 "source per_prompt ends with the start weights, and every prompt is judged before and after; set eval.heldout: null "
@@ -124,6 +128,7 @@ class PerPrompt:
         scored += new
         metrics.merge(reward_metrics(new, []))
         samples = [sample for item in admit(parts, new, metrics) for sample in to_samples(parts, item)]
+        samples = finish(parts, step, samples, metrics)
         with clock("train"), parts.pool.released():
             stats = update(parts, step, samples)
         if stats is None:

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ttrl.answers import Answered, Vote, count_votes
-from ttrl.errors import ConfigError, StopRequested
+from ttrl.errors import ConfigError, GuardStop, StopRequested
+from ttrl.guards import build_guards
+from ttrl.guards.keeper import Ruling
 from ttrl.journal import Journal, Progress, StepClock
-from ttrl.loop import admit, draw, evaluate_if_due, is_due, remembered, score, to_samples, update
+from ttrl.loop import admit, draw, evaluate_if_due, finish, hand_over, is_due, remembered, score, to_samples, update
 from ttrl.metrics import MetricSet
 from ttrl.modes.bank import Bank, Entry, answer_kind, vote_entropy
 from ttrl.modes.canaries import KEPT, LOST, Canaries, Panel, Verdict, panel_seed
@@ -79,7 +81,12 @@ class Stream:
         return recipe.steps
 
     def check(self, recipe: Recipe) -> None:
-        """Raises ConfigError for more steps than the stream has batches."""
+        """Raises ConfigError for more steps than the stream has batches, and for guards that would roll back commits."""
+        if any(guard.policy.action == "rollback" for guard in build_guards(recipe).values()):
+            raise ConfigError(
+                "source stream takes bad updates back by itself, one at a time; a rollback of a guard would also take back what was "
+                "committed. Give guards the action warn, abstain, lower_lr or stop"
+            )
         batches = -(-len(self._ids) // self._per_step)
         if recipe.steps > batches:
             raise ConfigError(
@@ -99,6 +106,8 @@ class Stream:
     def run(self, parts: Parts, journal: Journal, progress: Progress) -> None:
         """The remaining batches. Raises what `ttrl.loop.train` raises, but never for want of anything to train on."""
         self._snapshot = None
+        if parts.guards.stopped:
+            raise GuardStop(parts.guards.stopped)
         evaluate_if_due(parts, journal, progress)
         while progress.step < parts.recipe.steps:
             self._one_step(parts, journal, progress)
@@ -116,15 +125,24 @@ class Stream:
             with clock("reward"):
                 scored = [score(parts, group, step) for group in groups]
             metrics.merge(reward_metrics(scored, progress.flips(scored)))
-            lesson = self._lesson(parts, step, scored, votes, metrics, clock)
-            stats = None
+            with clock("guard"):
+                ruling = parts.guards.rule(step, scored, metrics)
+            lesson = self._lesson(parts, step, ruling.admitted(scored, metrics), votes, metrics, clock)
+            stats, verdict = None, Ruling()
             if lesson is not None and lesson.samples:
-                stats = self._transaction(parts, journal, step, lesson, votes, metrics, clock)
+                stats, committed = self._transaction(parts, journal, step, lesson, votes, metrics, clock)
+                if committed:  # an update that was undone left nothing to judge
+                    with clock("guard"):
+                        verdict = parts.guards.inspect(step, scored, stats, metrics)
             progress.advance([*scored, *(lesson.replayed if lesson else [])], stats, clock.total())
             progress.rollout_tokens += int(metrics.values().get("guard/canary_tokens", 0))
         for name, count in parts.pool.events().items():
             metrics.sum(name, count)
-        journal.step(step, metrics, stats, clock, scored)
+        journal.step(step, metrics, stats, clock, scored, (*ruling.events, *verdict.events))
+        if reason := ruling.stop or verdict.stop:
+            raise GuardStop(reason)
+        if progress.step == recipe.steps:
+            hand_over(parts, journal, progress)
         evaluate_if_due(parts, journal, progress)
         if is_due(progress.step, recipe.checkpoint.every, recipe.steps):
             journal.checkpoint(parts.trainer, parts.memory, progress)
@@ -151,6 +169,7 @@ class Stream:
         for item in admit(parts, replayed, metrics):
             weight = self._bank.weight(entries[item.group.prompt.id])
             samples += [replace(s, advantages=s.advantages * weight) for s in to_samples(parts, item)]
+        samples = finish(parts, step, samples, metrics)
         return Lesson(samples=samples, admitted=admitted, replayed=replayed)
 
     def _collect(
@@ -167,8 +186,8 @@ class Stream:
     def _transaction(
         self, parts: Parts, journal: Journal, step: int, lesson: Lesson, votes: Mapping[str, Vote], metrics: MetricSet,
         clock: StepClock,
-    ) -> StepStats:  # fmt: skip
-        """An update that is committed, or leaves no trace but its costs and the quarantine."""
+    ) -> tuple[StepStats, bool]:  # fmt: skip
+        """An update that is committed, or leaves no trace but its costs and the quarantine; and which of the two."""
         if self._snapshot is None:
             self._save(parts, journal)
         try:
@@ -198,7 +217,7 @@ class Stream:
             with clock("sync"):
                 self._restore(parts)
                 parts.link.sync(None)
-        return stats
+        return stats, committed
 
     def _panel(self, parts: Parts, step: int) -> Panel:
         return Panel(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from ttrl.config.inner import has_reference
 from ttrl.config.schema import Recipe
 from ttrl.plan.activations import FLOAT, HALF, Precision, Trained, kept, reference_head, trained
 from ttrl.plan.batch import Work, cut
@@ -173,7 +174,7 @@ def trainer_items(recipe: Recipe, shape: ModelShape, work: Work, layout: Layout,
     most, batch = max(needs, key=lambda pair: pair[0].total)
     head = most.head
     stabilizers = [plug.use for plug in recipe.stabilizers]
-    if "kl" in stabilizers:
+    if has_reference(recipe.stabilizers, recipe.objective):
         head = max(head, reference_head(shape, batch))
         if part.full:
             whole = not (split and recipe.trainer.zero == 3)

@@ -10,6 +10,7 @@ import heapq
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ttrl.config.inner import has_reference
 from ttrl.config.schema import Recipe
 from ttrl.plan.activations import FLOAT, HALF, LOGITS_AT_ONCE, Trained, trained
 from ttrl.plan.batch import Work, cut
@@ -141,7 +142,7 @@ def train_flops(recipe: Recipe, shape: ModelShape, work: Work, part: Trained) ->
     """Of one step. Per weight and token: 2 forward, 2 for the gradient of the input, 2 for that of the weight if it is trained."""
     checkpointing = recipe.trainer.gradient_checkpointing
     shared = shape.shared_prefix and not checkpointing
-    reference = 2 if any(plug.use == "kl" for plug in recipe.stabilizers) else 0
+    reference = 2 if has_reference(recipe.stabilizers, recipe.objective) else 0
     per_weight = 2 + 2 + (2 if part.full else 0) + (2 if checkpointing else 0) + reference
     batches = cut(work, shared=shared)
     segments = batches.segments * work.updates
