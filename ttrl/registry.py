@@ -25,7 +25,11 @@ from ttrl.errors import ConfigError
 # Modules named here import neither torch nor ray at module level: checking a recipe stays instant.
 BUILT_IN: dict[str, dict[str, str]] = {
     "source": {"epoch": "ttrl.sources:EpochSource"},
-    "sampler": {"adaptive": "ttrl.rollout.adaptive:AdaptiveSampler", "flat": "ttrl.rollout.flat:FlatSampler"},
+    "sampler": {
+        "adaptive": "ttrl.rollout.adaptive:AdaptiveSampler",
+        "flat": "ttrl.rollout.flat:FlatSampler",
+        "tree": "ttrl.rollout.tree:TreeSampler",
+    },
     "engine": {
         "hf": "ttrl.rollout.engines:hf",
         "scripted": "ttrl.rollout.engines:scripted",

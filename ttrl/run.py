@@ -18,11 +18,12 @@ from ttrl.errors import ConfigError, GuardStop, StopRequested
 from ttrl.evaluate.book import EvaluationBook
 from ttrl.evaluate.evaluator import Evaluation, change
 from ttrl.evaluate.ledger import ledger, totals
+from ttrl.evaluate.luck import summarise
 from ttrl.journal import Journal, Progress
 from ttrl.loop import train
 from ttrl.report import write_report
 from ttrl.room import check_memory
-from ttrl.rundir import LEDGER, METRICS, RECIPE, SUMMARY, RunDir, check_unused
+from ttrl.rundir import LEDGER, LUCK, METRICS, RECIPE, SUMMARY, RunDir, check_unused
 from ttrl.setup import Checked, Parts, assemble, check_recipe
 from ttrl.sinks import open_sinks
 from ttrl.stamp import differences, from_comments, stamp, to_comments
@@ -78,7 +79,7 @@ def _run(checked: Checked, parts: Parts, directory: RunDir, *, resume: bool, con
     recipe = checked.recipe
     outcome, progress = Outcome(), Progress()
     directory.write_json(SUMMARY, {"status": FAILED, "reason": NO_WORD, "name": recipe.name})
-    with _journal(recipe, directory, console) as journal:
+    with _journal(parts, directory, console) as journal:
         try:
             if resume:
                 progress = journal.resume(parts.trainer, parts.reward)
@@ -101,11 +102,12 @@ def _run(checked: Checked, parts: Parts, directory: RunDir, *, resume: bool, con
 
 
 @contextmanager
-def _journal(recipe: Recipe, directory: RunDir, console: Console) -> Iterator[Journal]:
+def _journal(parts: Parts, directory: RunDir, console: Console) -> Iterator[Journal]:
+    recipe = parts.recipe
     start = sum(1 for _ in directory.lines(METRICS))
     sinks = open_sinks(recipe, directory.path, console, start)
     try:
-        yield Journal(recipe, directory, sinks)
+        yield Journal(recipe, directory, sinks, parts.luck)
     finally:
         for sink in sinks:
             sink.close()
@@ -125,6 +127,7 @@ def _conclude(checked: Checked, directory: RunDir, progress: Progress, book: Eva
         "labels_in_training": checked.labels_in_training,
         **_comparison(book, "adapted", recipe.seed),
         "ledger": totals(entries) if entries else None,
+        "luck": summarise(list(directory.lines(LUCK))),
         "heldout": _comparison(book, "heldout", recipe.seed) if recipe.eval.heldout is not None else None,
         "tokens": {"rollout": progress.rollout_tokens, "train": progress.train_tokens},
         "seconds": round(outcome.seconds(), 1),

@@ -14,9 +14,10 @@ from ttrl.errors import ConfigError
 
 RECIPE, METRICS, EVAL, GROUPS = "recipe.yaml", "metrics.jsonl", "eval.jsonl", "groups.jsonl"
 LEDGER, SUMMARY, REPORT, CHECKPOINTS, MODEL = "ledger.jsonl", "summary.json", "report.html", "checkpoints", "model"
+LUCK = "luck.jsonl"
 LOCK = ".lock"
-WRITTEN = (RECIPE, METRICS, EVAL, GROUPS, LEDGER, SUMMARY, REPORT, CHECKPOINTS, MODEL)
-STEPPED = (METRICS, EVAL, GROUPS)
+WRITTEN = (RECIPE, METRICS, EVAL, GROUPS, LEDGER, LUCK, SUMMARY, REPORT, CHECKPOINTS, MODEL)
+STEPPED = (METRICS, EVAL, GROUPS, LUCK)
 """Files with one object per step, cut back to the checkpoint when a run is resumed."""
 
 
