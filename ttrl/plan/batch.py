@@ -115,6 +115,10 @@ def read_work(recipe: Recipe, shape: ModelShape, *, mean_length: float | None, p
             f"{prompt_tokens} prompt tokens and rollout.max_new_tokens {rollout.max_new_tokens} do not fit into the "
             f"{shape.positions} positions of {shape.name}; lower rollout.max_new_tokens or set data.max_prompt_tokens"
         )
+    if rollout.sampler.use == "tree":
+        notes.append(
+            "sampler tree: tokens that branches share are counted as if each had sampled them, which is too many"
+        )
     return Work(
         prompts=recipe.data.prompts_per_step, votes=rollout.votes_per_prompt, trained=rollout.trained, prompt=prompt_tokens,
         longest=rollout.max_new_tokens, mean=mean_length, budget=recipe.trainer.tokens_per_microbatch,
