@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ttrl.rewards.reader import AnswerReader
+from ttrl.rewards.trees import tree_worth
 from ttrl.rewards.vote import Decision, decide
 from ttrl.rewards.weights import vote_weights
 from ttrl.types import NO_ANSWER, Group, Scored
@@ -23,6 +24,8 @@ class VoteRule:
 
     ties: str = "abstain"
     weights: str = "none"
+    trees: str = "leaf"
+    """see `ttrl.rewards.trees`"""
     min_share: float = 0.0
     min_margin: float = 0.0
     min_confidence: float = 0.0
@@ -49,7 +52,7 @@ class Ballot:
     forms: tuple[str, ...]
     """Canonical text per class."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    """Per-rollout arguments of `decide`: weights, lengths."""
+    """Per-rollout arguments of `decide`: weights, lengths, worth."""
     grading: Mapping[str, float] = field(default_factory=dict)
     """Votes that the limits of grading kept apart; part of every reward's metrics."""
 
@@ -103,8 +106,11 @@ def open_ballot(reader: AnswerReader, rule: VoteRule, group: Group) -> Ballot:
     grades = reader.grade(answers)
     arguments: dict[str, Any] = {}
     weights = vote_weights(rule.weights, group.rollouts, grades.classes)
+    weights, worth = tree_worth(rule.trees, group.rollouts, grades.classes, weights)
     if weights is not None:
         arguments["weights"] = weights.tolist()
+    if worth is not None:
+        arguments["worth"] = worth.tolist()
     if rule.ties == "shortest":
         arguments["lengths"] = [len(r.token_ids) for r in group.rollouts]
     return Ballot(

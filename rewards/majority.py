@@ -13,6 +13,7 @@ import numpy as np
 from ttrl.protocols import RewardContext
 from ttrl.rewards.ballot import Ballot, VoteRule, open_ballot
 from ttrl.rewards.reader import AnswerReader
+from ttrl.rewards.trees import TreeVotes
 from ttrl.rewards.vote import Decision, leave_one_out, split_vote
 from ttrl.rewards.weights import NEEDS, Weighting
 from ttrl.seeds import derive
@@ -26,7 +27,8 @@ class MajorityVote:
     halves are drawn by seed and rollout index), or `untrained` (those that are not trained on elect one label for all; this is how
     the votes of an EMA teacher count alone). A rollout whose electorate abstains is not trained on. `weights`: `none`,
     `logprob` exp(mean log-prob), `entropy` exp(-mean entropy), `self_certainty` (mean KL of the uniform distribution to the
-    model's), `rpc` (distinct paths by probability, pruned).
+    model's), `rpc` (distinct paths by probability, pruned). `tree_votes`, for the tree sampler: `leaf` (every leaf votes, as
+    published), `tree` (the leaves of a tree share one vote), `effective` (the confidence counts what correlated votes are worth).
     Golden example: answers 5, 5, 5, 7 -> label 5, rewards [1, 1, 1, 0], share 0.75, margin 0.5.
     """
 
@@ -44,10 +46,16 @@ class MajorityVote:
         min_confidence: float = 0.0,
         weights: Weighting = "none",
         electorate: Literal["all", "leave_one_out", "split", "untrained"] = "all",
+        tree_votes: TreeVotes = "leaf",
     ) -> None:
         self.reader = AnswerReader(extractor, options or {}, truncated_votes=truncated_votes)
         self._rule = VoteRule(
-            ties=ties, weights=weights, min_share=min_share, min_margin=min_margin, min_confidence=min_confidence
+            ties=ties,
+            weights=weights,
+            trees=tree_votes,
+            min_share=min_share,
+            min_margin=min_margin,
+            min_confidence=min_confidence,
         )
         self.electorate: Literal["all", "leave_one_out", "split", "untrained"] = electorate
         self.needs: frozenset[str] = NEEDS.get(weights, frozenset())

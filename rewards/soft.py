@@ -9,6 +9,7 @@ import numpy as np
 from ttrl.protocols import RewardContext
 from ttrl.rewards.ballot import Ballot, Values, VoteRule, open_ballot
 from ttrl.rewards.reader import AnswerReader
+from ttrl.rewards.trees import TreeVotes
 from ttrl.rewards.vote import Decision
 from ttrl.rewards.weights import NEEDS, Weighting
 from ttrl.types import NO_ANSWER, Group, Scored
@@ -45,6 +46,7 @@ class SoftVote:
     """r_i = p(a_i), the share of valid votes for the answer of rollout i; 0 without an answer (EMPO, arXiv 2504.05812, by classes).
 
     `leave_one_out`: p among the other rollouts, (n - 1) / (V - 1): an unbiased estimate of how often the model agrees with i.
+    `tree_votes`: as for the majority vote; `tree` makes p the share of trees.
     Golden: answers 5, 5, 7, none -> [2/3, 2/3, 1/3, 0]; leave-one-out [1/2, 1/2, 0, 0].
     """
 
@@ -61,10 +63,11 @@ class SoftVote:
         min_confidence: float = 0.0,
         weights: Weighting = "none",
         leave_one_out: bool = False,
+        tree_votes: TreeVotes = "leaf",
     ) -> None:
         self.reader = AnswerReader(extractor, options or {}, truncated_votes=truncated_votes)
         self._rule = VoteRule(
-            weights=weights, min_share=min_share, min_margin=min_margin, min_confidence=min_confidence
+            weights=weights, trees=tree_votes, min_share=min_share, min_margin=min_margin, min_confidence=min_confidence
         )
         self._leave_one_out = leave_one_out
         self.needs: frozenset[str] = NEEDS.get(weights, frozenset())

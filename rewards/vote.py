@@ -37,7 +37,8 @@ class Decision:
     scores: tuple[float, ...] = ()
     """What was compared, per class: weight, bound or mean. Empty where that is `counts`."""
     ballots: tuple[float, ...] | None = None
-    """Votes per class that a weighted vote is worth: weights scaled to Kish's effective number. None where that is `counts`."""
+    """Independent votes per class that a weighted or correlated vote is worth; for weights, Kish's effective number. None where that
+    is `counts`."""
 
     @property
     def confidence(self) -> float:
@@ -51,12 +52,13 @@ class Decision:
 
 def decide(
     classes: Sequence[int], *, weights: Sequence[float] | None = None, lengths: Sequence[float] | None = None,
-    ties: str = "abstain", min_votes: int = 2, min_share: float = 0.0, min_margin: float = 0.0,
+    worth: Sequence[float] | None = None, ties: str = "abstain", min_votes: int = 2, min_share: float = 0.0, min_margin: float = 0.0,
     min_confidence: float = 0.0, tie_seed: int = 0,
 ) -> Decision:  # fmt: skip
     """Plurality over equivalence classes; independent of the order of the rollouts up to the numbering of classes.
 
     `weights` [V] >= 0: the class with the largest sum of weights wins (arXiv 2203.11171, weighted form); None: every vote is 1.
+    `worth` [V]: how many independent votes each is, where votes are correlated; it bears on the confidence only.
     Tie rule: `abstain` (default); `random`: one of the tied classes by `tie_seed`, chosen among the classes in their given
     numbering, so number classes by content if the outcome must not depend on the order; `shortest`: the tied class with the
     smallest mean of `lengths` [V], and nobody if these tie too. Length never overrules votes: as a rule of its own it teaches a
@@ -71,27 +73,29 @@ def decide(
     counts = np.bincount(np.asarray([classes[i] for i in valid], np.int64))
     masses, ballots = _masses(classes, valid, counts, weights)
     total, ordered = math.fsum(masses), sorted(masses, reverse=True)
+    if worth is not None and total > 0:
+        ballots = tuple(mass / total * math.fsum(worth[i] for i in valid) for mass in masses)
     if total == 0:
         return Decision(winner=None, share=0.0, margin=0.0, counts=_ints(counts), reason="every answer has weight 0",
                         scores=masses, ballots=ballots)  # fmt: skip
     share, margin = ordered[0] / total, (ordered[0] - (ordered[1] if len(ordered) > 1 else 0.0)) / total
     leaders = [c for c, mass in enumerate(masses) if mass >= ordered[0] * (1 - TIE_TOLERANCE)]
     votes = max(int(counts[c]) for c in leaders)
-    worth = f"{votes} votes" if weights is None else f"weight {ordered[0]:.3g}"
+    support = f"{votes} votes" if weights is None else f"weight {ordered[0]:.3g}"
     winner: int | None = leaders[0]
     reason = f"{votes} of {len(valid)} valid votes" + ("" if weights is None else f", {share:.2f} of the weight")
     if votes < min_votes:
         winner, reason = None, f"the leading answer has {votes} votes, fewer than {min_votes}"
     elif len(leaders) > 1 and ties == "abstain":
-        winner, reason = None, f"{len(leaders)} answers tie with {worth}"
+        winner, reason = None, f"{len(leaders)} answers tie with {support}"
     elif share < min_share or margin < min_margin:
         winner, reason = None, f"share {share:.2f} or margin {margin:.2f} is below {min_share:.2f} / {min_margin:.2f}"
     elif len(leaders) > 1 and ties == "random":
         winner = int(leaders[np.random.Generator(np.random.Philox(key=tie_seed)).integers(len(leaders))])
-        reason = f"drawn by seed from {len(leaders)} answers that tie with {worth}"
+        reason = f"drawn by seed from {len(leaders)} answers that tie with {support}"
     elif len(leaders) > 1:
         winner = _shortest(classes, leaders, lengths)
-        reason = f"{len(leaders)} answers tie with {worth}, " + (
+        reason = f"{len(leaders)} answers tie with {support}, " + (
             "and in length" if winner is None else "the shortest wins"
         )
     decision = Decision(winner=winner, share=share, margin=margin, counts=_ints(counts), reason=reason,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,20 +26,30 @@ class Script:
                 )
         self._answers = answers
 
-    def completion(self, prompt: str, uniform: float) -> tuple[str, float]:
-        """The completion at this point of the distribution, and its probability."""
+    def completion(
+        self, prompt: str, uniform: float, fits: Callable[[str], bool] = lambda _: True
+    ) -> tuple[str, float]:
+        """The completion at this point of the distribution, among those that fit, and its probability among them."""
         if prompt not in self._answers:
             raise EngineError(f"the script has no answers for the prompt {prompt!r}")
+        possible = {text: p for text, p in self._answers[prompt].items() if p > 0 and fits(text)}
+        if not possible:
+            raise EngineError(f"no scripted answer to {prompt!r} begins with the given prefix")
+        whole = sum(possible.values())
         total = 0.0
-        for text, probability in self._answers[prompt].items():
-            total += probability
-            if uniform < total and probability > 0:
-                return text, probability
-        return next((text, p) for text, p in reversed(list(self._answers[prompt].items())) if p > 0)
+        for text, probability in possible.items():
+            total += probability / whole
+            if uniform < total:
+                return text, probability / whole
+        text = next(reversed(possible))
+        return text, possible[text] / whole
 
 
 class ScriptedEngine:
-    """Same seeds, same completions, as with a real engine. The log-prob of the whole text stands on its first token."""
+    """Same seeds, same completions, as with a real engine. The log-prob of the whole text stands on its first new token.
+
+    A prefix is continued by the completions that begin with it, in proportion to their probabilities.
+    """
 
     has_weights = False
     takes_adapters = False
@@ -55,11 +65,13 @@ class ScriptedEngine:
         return [self._rollout(request) for request in requests]
 
     def _rollout(self, request: Request) -> Rollout:
-        text, probability = self._script.completion(request.prompt.text, float(uniforms(request.seed, 1)[0]))
-        ids = self.tokenizer.encode(text, add_special_tokens=False)
-        complete = len(ids) < request.spec.max_new_tokens
-        assert self.tokenizer.eos_token_id is not None
-        ids = [*ids, self.tokenizer.eos_token_id] if complete else ids[: request.spec.max_new_tokens]
+        prefix = request.prefix.tolist()
+        text, probability = self._script.completion(
+            request.prompt.text, float(uniforms(request.seed, 1)[0]), lambda text: self._continues(prefix, text)
+        )
+        ids = self._ids(text)[len(prefix) :]
+        complete = len(ids) <= request.spec.max_new_tokens
+        ids = ids[: request.spec.max_new_tokens]
         logprobs = np.zeros(len(ids), np.float32)
         logprobs[0] = np.log(probability)
         return Rollout(
@@ -69,10 +81,20 @@ class ScriptedEngine:
             logprobs=logprobs,
             entropy=np.zeros(len(ids), np.float32) if request.spec.entropy else None,
             self_certainty=np.zeros(len(ids), np.float32) if request.spec.self_certainty else None,
-            text=text if complete else self.tokenizer.decode(ids, skip_special_tokens=True),
+            text=text if complete else self.tokenizer.decode([*prefix, *ids], skip_special_tokens=True),
             finish=Finish.STOP if complete else Finish.LENGTH,
             weights=self._stamp,
         )
+
+    def _ids(self, text: str) -> list[int]:
+        """A whole completion, its end included."""
+        assert self.tokenizer.eos_token_id is not None
+        return [*self.tokenizer.encode(text, add_special_tokens=False), self.tokenizer.eos_token_id]
+
+    def _continues(self, prefix: list[int], text: str) -> bool:
+        """Something of the completion is left after the prefix."""
+        ids = self._ids(text)
+        return len(ids) > len(prefix) and ids[: len(prefix)] == prefix
 
     def begin_load(
         self, version: int, manifest: Mapping[str, tuple[int, ...]], adapter: AdapterSpec | None = None

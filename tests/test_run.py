@@ -86,6 +86,34 @@ def test_a_run_leaves_everything_the_design_promises(finished):
     assert "reward/flip_rate" in rows[2]
 
 
+def test_labels_and_rewards_are_compared_with_the_references_on_the_side(finished):
+    rows = lines(finished / "luck.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    for row in rows:
+        assert 1 <= row["groups"] <= 4 and row["labelled"] <= row["groups"]  # labels are known for four of six prompts
+        assert 0 <= row["ground_truth_ratio"] <= row["any_right"] <= 1
+        assert row["labelled"] == 0 or {"label_accuracy", "reward_accuracy"} <= row.keys()
+    assert summary(finished)["luck"]["all"]["majority_ratio"] == pytest.approx(
+        sum(r["majority_ratio"] for r in rows) / 3
+    )
+    assert not any("accuracy" in key for row in lines(finished / "metrics.jsonl") for key in row)
+    assert "Against the references" in (finished / "report.html").read_text()
+
+
+def test_a_run_with_trees_counts_every_token_once(tmp_path):
+    tree = "rollout.sampler={use: tree, with: {trees: 2, forks: 1, branches: 2, min_gap: 2}}"
+    result = train(tmp_path / "run", tree, "steps=1", "eval.samples=1", "eval.k=[1]", "eval.limit=1")
+    assert result.returncode == 0, result.stderr
+    row = lines(tmp_path / "run" / "metrics.jsonl")[0]
+    leaves = row["rollout/length"] * 4 * 6
+    assert row["rollout/tokens"] + row["rollout/shared_tokens"] == pytest.approx(leaves)
+    assert row["rollout/token_ratio"] == pytest.approx(row["rollout/tokens"] / leaves)
+    assert 0 < row["rollout/shared_tokens"] < leaves
+    assert (row["rollout/votes"], row["rollout/trees"]) == (6, 2)
+    assert summary(tmp_path / "run")["tokens"]["rollout"] == row["rollout/tokens"]
+    assert sum("fork" in r for g in lines(tmp_path / "run" / "groups.jsonl") for r in g["rollouts"]) == 2 * 4
+
+
 def test_evaluations_are_stamped_with_their_protocol(finished):
     rows = lines(finished / "eval.jsonl")
     assert [row["step"] for row in rows] == [0, 3]
@@ -137,6 +165,7 @@ def test_labels_cannot_reach_the_weights(finished, tmp_path, labels):
     assert result.returncode == 0, result.stderr
     assert timeless(tmp_path / "run") == timeless(finished)
     assert model_hash(tmp_path / "run") == model_hash(finished)
+    assert (tmp_path / "run" / "luck.jsonl").exists() == (labels == "noise")
     if labels == "none":
         assert set(summary(tmp_path / "run")["final"]) == {"majority_share", "answered", "length"}
 

@@ -25,6 +25,7 @@ from ttrl.errors import ConfigError, EngineError, StopRequested
 from ttrl.model.weights import NamedTensors, load_weights
 from ttrl.rollout.engines import hf, vllm
 from ttrl.rollout.pool import LocalPool
+from ttrl.rollout.tree import TreeSampler
 from ttrl.sync import WeightLink
 from ttrl.trainers.parameters import LoRA
 from ttrl.types import Finish, IntArray, Request, Rollout, SamplingSpec, StepStats
@@ -190,6 +191,25 @@ def test_a_prefix_is_continued(engine: Any) -> None:
     assert [*head, *rest.token_ids] == whole.token_ids.tolist()
     np.testing.assert_allclose(rest.logprobs, whole.logprobs[5:], **CLOSE)
     assert rest.text == whole.text
+
+
+def test_trees_share_what_vllm_computed_once(engine: Any, folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    prompts, spec = [prompt("a", 5), prompt("b", 11)], replace(SPEC, max_new_tokens=24)
+    sampler = TreeSampler(10, 10, lambda _: [], trees=2, forks=2, branches=2, min_gap=2)
+    forks = 0
+    for group in sampler(prompts, LocalPool(engine), spec, 0):
+        for rollout in group.rollouts:
+            logprobs, entropy = recomputed(model, request(group.prompt, rollout.index, spec), rollout)
+            np.testing.assert_allclose(rollout.logprobs, logprobs, **CLOSE)
+            np.testing.assert_allclose(rollout.entropy, entropy, **CLOSE)
+            assert rollout.text == engine.tokenizer.decode(rollout.token_ids.tolist(), skip_special_tokens=True)
+            assert not {EOS, ANOTHER_EOS} & set(rollout.token_ids[:-1].tolist())
+            if rollout.fork is not None:
+                forks += 1
+                shared = group.rollouts[rollout.fork.parent].token_ids[: rollout.fork.at]
+                assert rollout.token_ids[: rollout.fork.at].tolist() == shared.tolist()
+    assert forks > 8
 
 
 def test_greedy_is_that_of_the_transformers_engine(engine: Any, folder: Path) -> None:

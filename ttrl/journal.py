@@ -21,9 +21,10 @@ from ttrl.config.schema import Recipe
 from ttrl.errors import ConfigError
 from ttrl.evaluate.book import EvaluationBook
 from ttrl.evaluate.evaluator import Evaluation
+from ttrl.evaluate.luck import LuckMeter
 from ttrl.metrics import MetricSet, require_finite
 from ttrl.protocols import Stateful, Trainer
-from ttrl.rundir import ANSWERS, CHECKPOINTS, EVAL, EVENTS, GROUPS, METRICS, MODEL, RunDir
+from ttrl.rundir import ANSWERS, CHECKPOINTS, EVAL, EVENTS, GROUPS, LUCK, METRICS, MODEL, RunDir
 from ttrl.seeds import generator
 from ttrl.sinks import Sink
 from ttrl.stepmetrics import share_histogram
@@ -57,7 +58,7 @@ class Progress:
         self.seconds += seconds
         self.step += 1
         self.empty_steps = 0 if stats is not None else self.empty_steps + 1
-        self.rollout_tokens += sum(len(r.token_ids) for s in scored for r in s.group.rollouts)
+        self.rollout_tokens += sum(r.drawn for s in scored for r in s.group.rollouts)
         self.train_tokens += stats.tokens if stats is not None else 0
         self.labels.update((s.group.prompt.id, s.label) for s in scored if s.label is not None)
 
@@ -92,8 +93,8 @@ class StepClock:
 class Journal:
     """Writes the run directory and feeds the sinks."""
 
-    def __init__(self, recipe: Recipe, run: RunDir, sinks: Sequence[Sink]) -> None:
-        self._recipe, self._run, self._sinks = recipe, run, sinks
+    def __init__(self, recipe: Recipe, run: RunDir, sinks: Sequence[Sink], luck: LuckMeter | None = None) -> None:
+        self._recipe, self._run, self._sinks, self._luck = recipe, run, sinks, luck
         self.book = EvaluationBook()
         self._store = CheckpointStore(run.path / CHECKPOINTS, recipe.checkpoint.keep)
 
@@ -101,7 +102,10 @@ class Journal:
         self, step: int, metrics: MetricSet, stats: StepStats | None, clock: StepClock, scored: Sequence[Scored],
         events: Sequence[str] = (),
     ) -> None:  # fmt: skip
-        """One object in metrics.jsonl, some groups in groups.jsonl. Raises FloatingPointError for a number that is not finite."""
+        """One object in metrics.jsonl and luck.jsonl, some groups in groups.jsonl.
+
+        Raises FloatingPointError for a number that is not finite.
+        """
         values = metrics.values()
         if stats is not None:
             values |= {
@@ -125,6 +129,9 @@ class Journal:
             **({EVENTS: list(events)} if events else {}),
         }
         self._run.append(METRICS, {**record, **{name: round(value, 6) for name, value in timed.items()}})
+        lucky = self._luck(step, scored) if self._luck is not None else None
+        if lucky is not None:
+            self._run.append(LUCK, lucky)
         chosen = generator(self._recipe.seed, "shown", step).permutation(len(scored))[
             : self._recipe.log.groups_per_step
         ]
@@ -254,6 +261,7 @@ def group_record(step: int, scored: Scored) -> dict[str, Any]:
                 "finish": rollout.finish.value,
                 "tokens": len(rollout.token_ids),
                 "mean_logprob": round(float(np.mean(rollout.logprobs)), 4) if len(rollout.logprobs) else None,
+                **({} if rollout.fork is None else {"fork": [rollout.fork.parent, rollout.fork.at]}),
             }
             for i, rollout in enumerate(scored.group.rollouts)
         ],

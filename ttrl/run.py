@@ -19,6 +19,7 @@ from ttrl.errors import GuardStop, StopRequested
 from ttrl.evaluate.book import EvaluationBook
 from ttrl.evaluate.digest import digest, entries, estimates, line_to_beat
 from ttrl.evaluate.judge import Judge
+from ttrl.evaluate.luck import summarise
 from ttrl.evaluate.seal import label_files, sealed
 from ttrl.failures import describe
 from ttrl.guards import Keeper
@@ -28,7 +29,7 @@ from ttrl.modes import Mode
 from ttrl.report import write_report
 from ttrl.resume import continuation, note_resume, same_inputs
 from ttrl.room import check_memory
-from ttrl.rundir import ANSWERS, EVALUATIONS, LEDGER, METRICS, RECIPE, SUMMARY, RunDir, check_unused
+from ttrl.rundir import ANSWERS, EVALUATIONS, LEDGER, LUCK, METRICS, RECIPE, SUMMARY, RunDir, check_unused
 from ttrl.setup import Checked, Parts, assemble, check_recipe
 from ttrl.sinks import open_sinks, show_line
 from ttrl.stamp import stamp, to_comments
@@ -95,7 +96,7 @@ def _run(
     recipe = checked.recipe
     outcome, progress = Outcome(), Progress()
     directory.write_json(SUMMARY, {"status": FAILED, "reason": NO_WORD, "name": recipe.name})
-    with _journal(checked, directory, console) as journal:
+    with _journal(parts, directory, console) as journal:
         try:
             if resume:
                 progress = journal.resume(parts.trainer, parts.memory)
@@ -135,13 +136,13 @@ def _run(
 
 
 @contextmanager
-def _journal(checked: Checked, directory: RunDir, console: Console) -> Iterator[Journal]:
+def _journal(parts: Parts, directory: RunDir, console: Console) -> Iterator[Journal]:
+    recipe, source = parts.recipe, parts.source
     start = sum(1 for _ in directory.lines(METRICS))
-    recipe, source = checked.recipe, checked.source
     total = source.total(recipe) if isinstance(source, Mode) else recipe.steps
     sinks = open_sinks(recipe, directory.path, console, start, total)
     try:
-        yield Journal(recipe, directory, sinks)
+        yield Journal(recipe, directory, sinks, parts.luck)
     finally:
         for sink in sinks:
             sink.close()
@@ -180,6 +181,7 @@ def _conclude(
         **digest(book, "adapted", recipe.seed),
         "heldout": digest(book, "heldout", recipe.seed) if recipe.eval.heldout is not None else None,
         "prequential": prequential,
+        "luck": summarise(list(directory.lines(LUCK))),
         "tokens": {"rollout": progress.rollout_tokens, "train": progress.train_tokens},
         "seconds": round(outcome.seconds(), 1),
         "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / RSS_PER_MB),

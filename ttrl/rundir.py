@@ -17,13 +17,13 @@ from ttrl.files import no_links, sync, write_file
 log = logging.getLogger(__name__)
 
 RECIPE, METRICS, EVAL, GROUPS = "recipe.yaml", "metrics.jsonl", "eval.jsonl", "groups.jsonl"
-ANSWERS = "answers.jsonl"
+ANSWERS, LUCK = "answers.jsonl", "luck.jsonl"
 LEDGER, SUMMARY, REPORT, CHECKPOINTS, MODEL = "ledger.jsonl", "summary.json", "report.html", "checkpoints", "model"
 LOCK, TENSORBOARD, EVALUATIONS = ".lock", "tensorboard", "evaluations.json"
-WRITTEN = (RECIPE, METRICS, EVAL, GROUPS, ANSWERS, LEDGER, EVALUATIONS, SUMMARY, REPORT, CHECKPOINTS, MODEL)
+WRITTEN = (RECIPE, METRICS, EVAL, GROUPS, ANSWERS, LUCK, LEDGER, EVALUATIONS, SUMMARY, REPORT, CHECKPOINTS, MODEL)
 EVENTS = "guard/events"
 """Key in metrics.jsonl: what guards said of a step, in words."""
-STEPPED = (METRICS, EVAL, GROUPS, ANSWERS)
+STEPPED = (METRICS, EVAL, GROUPS, ANSWERS, LUCK)
 """Files with one object per step, cut back to the checkpoint when a run is resumed."""
 
 

@@ -18,6 +18,7 @@ from ttrl.config.schema import Plug, PromptSet, Recipe
 from ttrl.errors import ConfigError
 from ttrl.evaluate.evaluator import Evaluator, check_labels
 from ttrl.evaluate.labels import read_labels
+from ttrl.evaluate.luck import LuckMeter
 from ttrl.guards import Keeper, build_guards
 from ttrl.model_path import check_model_path
 from ttrl.modes import Mode
@@ -85,6 +86,8 @@ class Parts:
     """the adapted prompts first, then the held-out ones"""
     teaching: bool
     """Votes are drawn under the EMA teacher."""
+    luck: LuckMeter | None
+    """looks at decisions and rewards with the labels, for the journal only; None without labels"""
     ending: ExitStack
     """What ends workers, ranks and a cluster of our own, in this order."""
 
@@ -230,6 +233,7 @@ def _assemble(checked: Checked, check_stop: StopCheck, ending: ExitStack) -> Par
         ),
         evaluators=_evaluators(checked, prompts, heldout),
         teaching=has_teacher(setup.stabilizers),
+        luck=_luck_meter(checked, prompts),
         ending=ending.pop_all(),
     )  # fmt: skip
 
@@ -347,6 +351,14 @@ def _heldout(recipe: Recipe, split: PromptSet, adapted: Sequence[PromptRecord]) 
     if split.labels is not None:
         check_labels(split.labels, [record.id for record in records])
     return records
+
+
+def _luck_meter(checked: Checked, prompts: Sequence[Prompt]) -> LuckMeter | None:
+    """For the prompts that evaluation has labels for."""
+    settings = checked.recipe.eval
+    if settings.labels is None:
+        return None
+    return LuckMeter(settings.labels, [prompt.id for prompt in prompts][: settings.limit], checked.reader)
 
 
 def _evaluators(checked: Checked, prompts: Sequence[Prompt], heldout: Sequence[Prompt]) -> tuple[Evaluator, ...]:

@@ -11,7 +11,7 @@ No record has a field for a reference answer. Labels live in files that only `tt
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -85,7 +85,9 @@ class Fork:
     """Where a tree rollout left its parent: the parent's index in the group and the number of tokens they share."""
 
     parent: int
+    """`Rollout.index` of the rollout it left"""
     at: int
+    """Completion tokens before the fork, which are the parent's; token `at` is the first one drawn anew."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,6 +113,26 @@ class Rollout:
     finish: Finish
     weights: WeightStamp
     fork: Fork | None = None
+
+    @property
+    def drawn(self) -> int:
+        """Tokens that were sampled for this rollout itself: all of them, or those after its fork."""
+        return len(self.token_ids) - (0 if self.fork is None else self.fork.at)
+
+
+def tree_roots(rollouts: Sequence[Rollout]) -> list[int]:
+    """[V] index of the rollout at the root of each rollout's tree; its own index for one that left no other.
+
+    Example: indices 0, 1, 2 with forks none, none, (parent 0) -> [0, 1, 0]
+    """
+    parents = {r.index: r.index if r.fork is None else r.fork.parent for r in rollouts}
+    roots = []
+    for rollout in rollouts:
+        root = rollout.index
+        while parents[root] != root:
+            root = parents[root]
+        roots.append(root)
+    return roots
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -255,7 +277,11 @@ class Request:
     """64-bit, from `ttrl.seeds.derive`; two requests with one seed and one context give the same tokens."""
     spec: SamplingSpec
     prefix: IntArray = field(default_factory=lambda: np.zeros(0, np.int32))
-    """Completion tokens that are already fixed; the engine continues after them."""
+    """Completion tokens that are already fixed; the engine continues after them.
+
+    Its rollout holds the new tokens only, at most `spec.max_new_tokens` of them, and their log-probs and entropies; its text is
+    that of prefix and new tokens together.
+    """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -119,6 +119,10 @@ def read_work(recipe: Recipe, shape: ModelShape, *, mean_length: float | None, p
     votes = rollout.votes_per_prompt + (
         rollout.trained if taught else 0
     )  # the policy's rollouts come on top of the teacher's
+    if rollout.sampler.use == "tree":
+        notes.append(
+            "sampler tree: tokens that branches share are counted as if each had sampled them, which is too many"
+        )
     return Work(
         prompts=recipe.data.prompts_per_step, votes=votes, trained=rollout.trained, prompt=prompt_tokens,
         longest=rollout.max_new_tokens, mean=mean_length, budget=recipe.trainer.tokens_per_microbatch,

@@ -10,7 +10,7 @@ from typing import Any
 from ttrl.config import Recipe, load_recipe
 from ttrl.evaluate.seal import label_files
 from ttrl.report.plots import accuracy, curve, share_map
-from ttrl.rundir import EVAL, EVENTS, GROUPS, LEDGER, METRICS, RECIPE, REPORT, RunDir
+from ttrl.rundir import EVAL, EVENTS, GROUPS, LEDGER, LUCK, METRICS, RECIPE, REPORT, RunDir
 from ttrl.stamp import from_comments
 
 MAX_GROUPS = 24
@@ -69,7 +69,7 @@ def _content(run: RunDir) -> dict[str, Any]:
         "transfer": (summary.get("heldout") or {}).get("ledger"),
         "trained_on": _trained_on(recipe, labels=bool(summary.get("labels_in_training", recipe.allow_labels))),
         "parts": _parts(recipe),
-        "figures": _figures(metrics, list(run.lines(EVAL)), summary),
+        "figures": _figures(metrics, list(run.lines(EVAL)), summary, list(run.lines(LUCK))),
         "ledger": sorted(entries, key=lambda e: (_ORDER.index(e["verdict"]), e["p_value"]))[:MAX_LEDGER_ROWS],
         "ledger_total": len(entries),
         "groups": [_clipped(group) for group in _spread(list(run.lines(GROUPS)))],
@@ -186,7 +186,10 @@ def _parts(recipe: Recipe) -> list[tuple[str, str]]:
 
 
 def _figures(
-    metrics: Sequence[Mapping[str, Any]], evals: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]
+    metrics: Sequence[Mapping[str, Any]],
+    evals: Sequence[Mapping[str, Any]],
+    summary: Mapping[str, Any],
+    luck: Sequence[Mapping[str, Any]] = (),
 ) -> list[str]:
     from markupsafe import Markup
 
@@ -202,6 +205,9 @@ def _figures(
         curve(metrics, {"reward/mean": "mean reward", "reward/majority_share": "vote share", "reward/answered": "answered"},
               "Votes and reward (no labels)", bounded=True),
         share_map(metrics, "Vote shares over time"),
+        curve(luck, {"label_accuracy": "labels that are right", "reward_accuracy": "rewards that are right",
+                     "reward_accuracy_label_wrong": "rewards that are right, where the label is wrong"},
+              "Against the references (training does not see this)", bounded=True),
         curve(metrics, {"reward/flip_rate": "labels that changed since the last visit", "reward/labelled": "groups with a label"},
               "Stability of the labels", bounded=True),
         curve(metrics, {"reward/unique_answers": "different answers per prompt"}, "Diversity"),
