@@ -24,6 +24,7 @@ import numpy.typing as npt
 from ttrl.config.schema import Recipe
 from ttrl.contract import check_scored
 from ttrl.errors import PluginError
+from ttrl.probing import ProbingObjective
 from ttrl.protocols import ExplainedReward, LabelledReward, Objective, Reward, RewardContext
 from ttrl.registry import build
 from ttrl.seeds import derive, generator
@@ -49,8 +50,11 @@ class Finding:
 def lint_recipe(recipe: Recipe, reward: Reward) -> list[Finding]:
     """The reward of a checked recipe, under the recipe's objective and numbers of votes."""
     rollout = recipe.rollout
+    objective = build("objective", recipe.objective)
+    if isinstance(objective, ProbingObjective):
+        objective = objective.base
     return lint(
-        reward, build("objective", recipe.objective), votes=rollout.votes_per_prompt, trained=rollout.trained, name=recipe.reward.use
+        reward, objective, votes=rollout.votes_per_prompt, trained=rollout.trained, name=recipe.reward.use
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from itertools import islice
 
 from ttrl.contract import Blame, check_samples, check_scored
 from ttrl.errors import GuardStop
@@ -16,6 +17,7 @@ from ttrl.flow import Flow, InStep, RunAhead
 from ttrl.journal import Journal, Progress, StepClock
 from ttrl.metrics import MetricSet
 from ttrl.protocols import Reward, RewardContext, StatefulReward
+from ttrl.rewards.probes import judged
 from ttrl.seeds import derive
 from ttrl.setup import Parts
 from ttrl.stepmetrics import reward_metrics, rollout_metrics
@@ -75,7 +77,7 @@ def make_flow(parts: Parts, first: int) -> Flow:
     def draw(step: int) -> list[Group]:
         prompts = [parts.prompts[identifier] for identifier in parts.source.batch(step)]
         groups = parts.sampler(prompts, parts.pool, parts.spec, derive(recipe.seed, "rollout", step))
-        return [probe(parts, group) for group in groups]
+        return probe(parts, groups)
 
     if not recipe.rollout.ahead:
         return InStep(draw, parts.link)
@@ -105,19 +107,24 @@ def is_due(step: int, every: int, steps: int) -> bool:
     return step == steps or (every > 0 and step % every == 0)
 
 
-def probe(parts: Parts, group: Group) -> Group:
-    """The group with the extra generations its objective asks for; most ask for none."""
-    requests = parts.objective.probes(group)
-    return replace(group, probes=tuple(parts.pool.generate(requests))) if requests else group
+def probe(parts: Parts, groups: list[Group]) -> list[Group]:
+    """The groups with the extra generations their objective asks for, made in one call; most ask for none."""
+    asked = [parts.objective.probes(group) for group in groups]
+    if not any(asked):
+        return groups
+    made = iter(parts.pool.generate([request for requests in asked for request in requests]))
+    return [
+        replace(group, probes=tuple(islice(made, len(requests)))) for group, requests in zip(groups, asked, strict=True)
+    ]
 
 
 def score(parts: Parts, group: Group, step: int) -> Scored:
-    """Pseudo-label and rewards of one group, checked against the contract of the slot."""
+    """Pseudo-label and rewards of one group, checked against the contract of the slot; its probes judged by the same reader."""
     context = RewardContext(step=step, seed=derive(parts.recipe.seed, "reward", step, group.prompt.id))
     with Blame("reward", parts.recipe.reward.use, group.prompt.id):
         scored = parts.reward(group, context)
         check_scored(scored, group)
-    return scored
+    return judged(scored, parts.reader)
 
 
 def admit(parts: Parts, scored: Sequence[Scored], metrics: MetricSet) -> list[Scored]:
