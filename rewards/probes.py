@@ -26,4 +26,6 @@ def judged(scored: Scored, reader: AnswerReader) -> Scored:
         return replace(scored, metrics=metrics)
     right = reader.match_form(forms, scored.label)
     rewards = np.asarray([float(c != NO_ANSWER and forms[c] == right) for c in classes], np.float32)
-    return replace(scored, probe_rewards=rewards, metrics={**metrics, "probe_mean": float(rewards.mean())})
+    return replace(
+        scored, probe_rewards=rewards, metrics={**metrics, "probe_mean": float(rewards.mean(dtype=np.float64))}
+    )
