@@ -1,4 +1,4 @@
-"""MRT on the bundled tiny model: alpha 0 is GRPO to the last bit of the weights, probes change them; regret; the STaR script with TRL."""
+"""MRT on the bundled tiny model: alpha 0 is GRPO to the last bit, probes change the weights; regret; the STaR script with TRL."""
 
 from __future__ import annotations
 
