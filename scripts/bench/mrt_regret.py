@@ -133,9 +133,8 @@ def main() -> None:
         for name in runs:
             budget = None if name == "grpo" else runs["grpo"][-1]["tokens"]
             runs[name].append(one(name, seed, budget, args))
-    print(
-        "| method | steps | tokens | pass@1 | length | regret@C | difference to grpo | tokens to reach |\n|---|---|---|---|---|---|---|---|"
-    )
+    heads = ("method", "steps", "tokens", "pass@1", "length", "regret@C", "difference to grpo", "tokens to reach")
+    print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
     print(row("start model", [json.loads(start.read_text())], runs["grpo"], args))
     for name, found in runs.items():
         print(row(name, found, runs["grpo"], args))
