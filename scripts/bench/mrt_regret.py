@@ -1,6 +1,6 @@
 """Does MRT lower normalised regret against GRPO when both may generate the same number of tokens? The table of docs/methods/mrt.md.
 
-    python scripts/bench/mrt_regret.py --output runs/mrt-regret --seeds 0 1 2 --steps 16 [--model FOLDER]
+    python scripts/bench/mrt_regret.py --output runs/mrt-regret --seeds 0 1 2 [--model FOLDER]
 
 For each seed: GRPO for `--steps` steps, then every other method for as many steps as fit into the tokens GRPO generated (votes and
 probes; a pilot of one step tells what a step costs), then the regret of each on the held-out prompts. Differences are paired: the
@@ -116,10 +116,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--model", default="bundled:tiny-adder", help="start model")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=16, help="of GRPO")
+    parser.add_argument("--steps", type=int, default=24, help="of GRPO")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--prompts", type=int, default=96, help="held-out prompts")
-    parser.add_argument("--traces", type=int, default=4)
+    parser.add_argument("--prompts", type=int, default=64, help="held-out prompts")
+    parser.add_argument("--traces", type=int, default=2)
     parser.add_argument("--budget", type=int, default=40, help="tokens of the regret")
     parser.add_argument("--reach", type=float, default=0.5)
     parser.add_argument("--change", nargs="*", default=[], help="further changes to lab/mrt, for all methods")
