@@ -18,7 +18,8 @@ from ttrl.run import run
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [
-    "steps=2", "data.limit=4", "data.prompts_per_step=2", "rollout.votes_per_prompt=6", "rollout.train_per_prompt=4", "eval.samples=2", "eval.k=[1]",
+    "steps=2", "data.limit=4", "data.prompts_per_step=2", "rollout.votes_per_prompt=6",
+    "rollout.train_per_prompt=4", "eval.samples=2", "eval.k=[1]",
     "eval.limit=1", "eval.heldout=null", "checkpoint.every=0", "trainer.lr=1e-3",
 ]  # fmt: skip
 
@@ -78,7 +79,8 @@ def test_regret_of_the_bundled_model() -> None:
 def test_the_star_script_imitates_what_made_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("trl")
     pytest.importorskip("datasets")
-    arguments = ["lab/mrt-star", "data.limit=6", "rollout.votes_per_prompt=6", "rollout.train_per_prompt=6", "objective.with.probes=2", "--rounds", "2",
+    arguments = ["lab/mrt-star", "data.limit=6", "rollout.votes_per_prompt=6", "rollout.train_per_prompt=6",
+                 "objective.with.probes=2", "--rounds", "2",
                  "--output", str(tmp_path / "star"), "--most", "2", "--lr", "1e-3"]  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["mrt_star.py", *arguments])
     runpy.run_path(str(ROOT / "scripts" / "mrt_star.py"), run_name="__main__")
