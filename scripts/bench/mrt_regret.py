@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,8 @@ TERMINATION = "\\boxed{"
 
 
 def train(folder: Path, steps: int, model: str, seed: int, changes: Sequence[str]) -> int:
-    """Tokens generated."""
+    """Tokens generated. What an interrupted call left in `folder` is removed."""
+    shutil.rmtree(folder, ignore_errors=True)
     settings = (*QUIET, f"steps={steps}", f"seed={seed}", f"model.path={json.dumps(model)}", *changes)
     recipe = load_recipe("lab/mrt", [*settings, f"output={json.dumps(str(folder))}"])
     outcome = run(recipe, resume=False, console=Console(file=io.StringIO()))
