@@ -10,6 +10,12 @@ from ttrl.rewards.extract import extract, extract_all
 from ttrl.types import Rollout
 
 
+def reader_of(reward: object, otherwise: AnswerReader) -> AnswerReader:
+    """The reader a reward holds as `reader`, which plug-ins need not do; else `otherwise`."""
+    own = getattr(reward, "reader", None)
+    return own if isinstance(own, AnswerReader) else otherwise
+
+
 class AnswerReader:
     """Extracts answers of one kind and sorts them into classes. Truncated text is no answer unless asked for."""
 

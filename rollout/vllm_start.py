@@ -94,6 +94,8 @@ def _arguments(folder: Path, model: ModelSection, options: Options, on_cpu: bool
     cache = options.kv_cache_gib if options.kv_cache_gib is not None else 1.0 if on_cpu else None
     eager = options.enforce_eager if options.enforce_eager is not None else on_cpu
     rest: dict[str, Any] = {"max_num_seqs": options.max_num_seqs} if options.max_num_seqs is not None else {}
+    if on_cpu:  # a prompt taken in parts makes vLLM rewind the request's own generator, which a CPU's cannot
+        rest |= {"enable_chunked_prefill": False}
     if options.lora_rank is not None:
         rest |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": built_rank(options.lora_rank)}
     if options.transfer is not None:

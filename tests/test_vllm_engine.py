@@ -184,6 +184,14 @@ def test_tokens_depend_on_seed_and_context_and_not_on_order(engine: Any) -> None
     assert len(set(tokens(engine.generate(large)).values())) == 3
 
 
+def test_more_prompt_tokens_than_one_batch_takes_keep_the_seeds(engine: Any) -> None:
+    """A prompt that vLLM takes in parts makes it rewind the generator of the request, which on a CPU raises."""
+    budget = engine._vllm.vllm_config.scheduler_config.max_num_batched_tokens
+    many = [request(prompt(f"n{i}", 170 + i % 7), 0, replace(SPEC, max_new_tokens=3)) for i in range(budget // 170 + 9)]
+    together = tokens(engine.generate(many))
+    assert tokens(engine.generate(many[::-1])) == together
+
+
 def test_a_prefix_is_continued(engine: Any) -> None:
     whole = engine.generate([request(prompt("a"), 0, GREEDY)])[0]
     head = whole.token_ids[:5]

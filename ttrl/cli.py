@@ -82,10 +82,20 @@ def evaluate_command(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     limit: Annotated[int | None, typer.Option(min=1, help="only the first N prompts")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    regret: Annotated[
+        str | None,
+        typer.Option(help="comma-separated token budgets: measure normalised regret with forced answers instead"),
+    ] = None,
+    splitter: Annotated[str, typer.Option(help="regret: paragraphs, delimiter:TEXT or tokens:N")] = "paragraphs",
+    termination: Annotated[str | None, typer.Option(help="regret: the words that force an answer")] = None,
+    probes: Annotated[int, typer.Option(min=1, help="regret: forced answers per cut point")] = 8,
+    probe_tokens: Annotated[int, typer.Option(min=1, help="regret: tokens of a forced answer")] = 32,
+    reach: Annotated[str, typer.Option(help="regret: accuracies whose token cost is reported")] = "0.5",
     output: Annotated[Path | None, typer.Option(help="also write the result as JSON")] = None,
 ) -> None:
-    """Measure pass@1, pass@k and maj@k of any model on any prompts file, with intervals."""
-    from ttrl.evaluate.command import EvalCall, evaluate_model
+    """Measure pass@1, pass@k and maj@k of any model on any prompts file, with intervals; or, with --regret, how soon it is right."""
+    from ttrl.evaluate.command import EvalCall, RegretCall, evaluate_model, evaluate_regret
+    from ttrl.probing import TERMINATION
 
     if output is not None and not output.parent.is_dir():
         raise ConfigError(f"--output {output}: there is no folder {output.parent}")
@@ -93,17 +103,27 @@ def evaluate_command(
     call = EvalCall(
         model=model, prompts=prompts, labels=labels, template=template, extractor=extractor, extractor_options=options,
         samples=samples, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, limit=limit, seed=seed,
-        k=_numbers(k) if k is not None else tuple(n for n in (1, 8, 16) if n <= samples),
+        k=_numbers(k, "--k") if k is not None else tuple(n for n in (1, 8, 16) if n <= samples),
         truncated_votes=truncated_votes, device=device,
     )  # fmt: skip
-    evaluation = evaluate_model(call)
     from ttrl.sinks import show
 
     console = Console(soft_wrap=True)
-    for name, estimate in evaluation.estimates.items():
-        console.print(f"{name:>16}  {show(estimate)}", highlight=False, markup=False)
+    if regret is None:
+        evaluation = evaluate_model(call)
+        shown, record = {name: show(estimate) for name, estimate in evaluation.estimates.items()}, evaluation.record()
+    else:
+        extra = RegretCall(
+            budgets=_numbers(regret, "--regret"), reach=_fractions(reach), splitter=splitter, probes=probes,
+            termination=TERMINATION if termination is None else termination, probe_tokens=probe_tokens,
+        )  # fmt: skip
+        stopped = evaluate_regret(call, extra)
+        shown, record = {name: show(estimate) for name, estimate in stopped.estimates.items()}, stopped.record()
+        shown |= {name: "never" if cost is None else show(cost) for name, cost in stopped.reach.items()}
+    for name, text in shown.items():
+        console.print(f"{name:>16}  {text}", highlight=False, markup=False)
     if output is not None:
-        output.write_text(json.dumps(evaluation.record(), indent=2) + "\n", encoding="utf-8")
+        output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 @app.command()
@@ -267,11 +287,18 @@ def recipes_schema() -> None:
     typer.echo(json.dumps(Recipe.model_json_schema(by_alias=True), indent=2))
 
 
-def _numbers(text: str) -> tuple[int, ...]:
+def _numbers(text: str, option: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise ConfigError(f"--k: {text!r} is not a comma-separated list of whole numbers") from None
+        raise ConfigError(f"{option}: {text!r} is not a comma-separated list of whole numbers") from None
+
+
+def _fractions(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"--reach: {text!r} is not a comma-separated list of numbers") from None
 
 
 def _printable(text: str) -> str:

@@ -58,7 +58,7 @@ class Progress:
         self.seconds += seconds
         self.step += 1
         self.empty_steps = 0 if stats is not None else self.empty_steps + 1
-        self.rollout_tokens += sum(r.drawn for s in scored for r in s.group.rollouts)
+        self.rollout_tokens += sum(r.drawn for s in scored for r in (*s.group.rollouts, *s.group.probes))
         self.train_tokens += stats.tokens if stats is not None else 0
         self.labels.update((s.group.prompt.id, s.label) for s in scored if s.label is not None)
 

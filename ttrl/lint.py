@@ -25,6 +25,7 @@ from ttrl.config.schema import Recipe
 from ttrl.contract import check_scored
 from ttrl.errors import PluginError
 from ttrl.objectives import TokenizedObjective
+from ttrl.probing import ProbingObjective
 from ttrl.protocols import ExplainedReward, LabelledReward, Objective, Reward, RewardContext
 from ttrl.registry import build
 from ttrl.seeds import derive, generator
@@ -53,9 +54,10 @@ def lint_recipe(recipe: Recipe, reward: Reward) -> list[Finding]:
     rollout = recipe.rollout
     teaching = has_teacher([build("stabilizer", plug) for plug in recipe.stabilizers])
     votes = rollout.votes_per_prompt + (rollout.trained if teaching else 0)
-    return lint(
-        reward, build("objective", recipe.objective), votes=votes, trained=rollout.trained, name=recipe.reward.use
-    )
+    objective = build("objective", recipe.objective)
+    if isinstance(objective, ProbingObjective):
+        objective = objective.base
+    return lint(reward, objective, votes=votes, trained=rollout.trained, name=recipe.reward.use)
 
 
 def lint(

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 
@@ -20,6 +21,8 @@ from ttrl.journal import Journal, Progress, StepClock, recall, remember
 from ttrl.metrics import MetricSet
 from ttrl.objectives import StepObjective
 from ttrl.protocols import RewardContext, Sampler, Stateful
+from ttrl.rewards.probes import judged
+from ttrl.rewards.reader import reader_of
 from ttrl.rollout.flat import FlatSampler
 from ttrl.seeds import derive
 from ttrl.setup import Parts
@@ -122,7 +125,7 @@ def make_flow(parts: Parts, first: int) -> Flow:
     if parts.teaching:
         own = FlatSampler(recipe.rollout.trained, recipe.rollout.trained, lambda rollouts: [])
         return Taught(
-            lambda step: [probe(parts, group) for group in sample(parts, own, "policy", step, parts.source.batch(step))],
+            lambda step: probe(parts, sample(parts, own, "policy", step, parts.source.batch(step))),
             lambda step: sample(parts, parts.sampler, "rollout", step, parts.source.batch(step)), parts.link, parts.trainer,
         )  # fmt: skip
     if not recipe.rollout.ahead:
@@ -138,7 +141,7 @@ def make_flow(parts: Parts, first: int) -> Flow:
 
 def draw(parts: Parts, step: int, identifiers: Sequence[str]) -> list[Group]:
     """The votes on these prompts, under the weights the engines hold now, with the probes that the objective asks for."""
-    return [probe(parts, group) for group in sample(parts, parts.sampler, "rollout", step, identifiers)]
+    return probe(parts, sample(parts, parts.sampler, "rollout", step, identifiers))
 
 
 def sample(parts: Parts, sampler: Sampler, name: str, step: int, identifiers: Sequence[str]) -> list[Group]:
@@ -163,19 +166,24 @@ def is_due(step: int, every: int, steps: int) -> bool:
     return step == steps or (every > 0 and step % every == 0)
 
 
-def probe(parts: Parts, group: Group) -> Group:
-    """The group with the extra generations its objective asks for; most ask for none."""
-    requests = parts.objective.probes(group)
-    return replace(group, probes=tuple(parts.pool.generate(requests))) if requests else group
+def probe(parts: Parts, groups: list[Group]) -> list[Group]:
+    """The groups with the extra generations their objective asks for, made in one call; most ask for none."""
+    asked = [parts.objective.probes(group) for group in groups]
+    if not any(asked):
+        return groups
+    made = iter(parts.pool.generate([request for requests in asked for request in requests]))
+    return [
+        replace(group, probes=tuple(islice(made, len(requests)))) for group, requests in zip(groups, asked, strict=True)
+    ]
 
 
 def score(parts: Parts, group: Group, step: int) -> Scored:
-    """Pseudo-label and rewards of one group, checked against the contract of the slot."""
+    """Pseudo-label and rewards of one group, checked against the contract of the slot; its probes judged by the same reader."""
     context = RewardContext(step=step, seed=derive(parts.recipe.seed, "reward", step, group.prompt.id))
     with Blame("reward", parts.recipe.reward.use, group.prompt.id):
         scored = parts.reward(group, context)
         check_scored(scored, group)
-    return scored
+    return judged(scored, reader_of(parts.reward, parts.reader))
 
 
 def admit(parts: Parts, scored: Sequence[Scored], metrics: MetricSet) -> list[Scored]:

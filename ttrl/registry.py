@@ -44,6 +44,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "soft_vote": "ttrl.rewards.soft:SoftVote",
         "frequency_entropy": "ttrl.rewards.soft:FrequencyEntropy",
         "selective": "ttrl.rewards.selective:Selective",
+        "length_penalty": "ttrl.rewards.length:LengthPenalty",
         "random": "ttrl.rewards.controls:Random",
         "incorrect": "ttrl.rewards.controls:Incorrect",
         "frozen": "ttrl.rewards.controls:Frozen",
@@ -56,7 +57,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "reliable": "ttrl.gates:Reliable",
         "zero_variance": "ttrl.gates:ZeroVariance",
     },
-    "objective": {"grpo": "ttrl.trainers.grpo:GRPO"},
+    "objective": {"grpo": "ttrl.trainers.grpo:GRPO", "mrt": "ttrl.trainers.mrt:MRT"},
     "advantage": {
         "grpo": "ttrl.trainers.advantages:grpo",
         "dr_grpo": "ttrl.trainers.advantages:dr_grpo",

@@ -23,6 +23,7 @@ from ttrl.guards import Keeper, build_guards
 from ttrl.model_path import check_model_path
 from ttrl.modes import Mode
 from ttrl.objectives import TokenizedObjective
+from ttrl.probing import equip
 from ttrl.prompts import PromptRecord, check_room, read_prompts, tokenize
 from ttrl.protocols import (
     Engine,
@@ -38,7 +39,7 @@ from ttrl.protocols import (
     Trainer,
 )  # fmt: skip
 from ttrl.registry import build, check, resolve
-from ttrl.rewards.reader import AnswerReader
+from ttrl.rewards.reader import AnswerReader, reader_of
 from ttrl.rundir import CHECKPOINTS
 from ttrl.sinks import check_sinks
 from ttrl.templates import check_template, describe
@@ -209,17 +210,20 @@ def _assemble(checked: Checked, check_stop: StopCheck, ending: ExitStack) -> Par
     rollout = recipe.rollout
     sampler = build_sampler(recipe, checked.reward, checked.reader)
     gates: tuple[Gate, ...] = tuple(build("gate", plug) for plug in recipe.gates)
+    spec = SamplingSpec(
+        max_new_tokens=rollout.max_new_tokens, temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k,
+        min_p=rollout.min_p, entropy="entropy" in checked.reward.needs | setup.objective.needs,
+        self_certainty="self_certainty" in checked.reward.needs,
+    )  # fmt: skip
+    probe_tokens = equip(setup.objective, tokenizer, spec, recipe.seed)
+    check_room(prompts, rollout.max_new_tokens + probe_tokens, pool.max_positions)
     return Parts(
         recipe=recipe,
         prompts={prompt.id: prompt for prompt in prompts},
         source=checked.source,
         sampler=sampler,
         pool=pool,
-        spec=SamplingSpec(
-            max_new_tokens=rollout.max_new_tokens, temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k,
-            min_p=rollout.min_p, entropy="entropy" in checked.reward.needs | setup.objective.needs,
-            self_certainty="self_certainty" in checked.reward.needs,
-        ),
+        spec=spec,
         reward=checked.reward,
         reader=checked.reader,
         gates=gates,
@@ -301,8 +305,7 @@ def build_sampler(recipe: Recipe, reward: Reward, reader: AnswerReader) -> Sampl
 
     A sampler that stops early must not stop on another vote than the reward will hold.
     """
-    own = getattr(reward, "reader", None)
-    seen_by = own if isinstance(own, AnswerReader) else reader
+    seen_by = reader_of(reward, reader)
 
     def classify(rollouts: Sequence[Rollout]) -> list[int]:
         return seen_by.classes(seen_by.read(rollouts))[0]

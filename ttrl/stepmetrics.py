@@ -17,12 +17,17 @@ def rollout_metrics(groups: Sequence[Group], votes_per_prompt: int | None = None
 
     Tokens are those that were sampled: what a branch of a tree shares with its parent counts once, for the parent. With the
     budget of votes also rollout/saved_votes: the share of it that was not needed. Trees add what `tree_metrics` says.
+    With probes also rollout/probes and rollout/probe_tokens (sums): what they generated; their prefixes were generated, and counted,
+    as part of the rollouts.
     """
     metrics = MetricSet()
     for group in groups:
         metrics.mean("rollout/votes", len(group.rollouts))
         if votes_per_prompt is not None:
             metrics.mean("rollout/saved_votes", 1 - len(group.rollouts) / votes_per_prompt)
+        if group.probes:
+            metrics.sum("rollout/probes", len(group.probes))
+            metrics.sum("rollout/probe_tokens", sum(len(probe.token_ids) for probe in group.probes))
         for rollout in group.rollouts:
             metrics.sum("rollout/tokens", rollout.drawn)
             metrics.mean("rollout/length", len(rollout.token_ids))

@@ -173,6 +173,8 @@ class Scored:
     """Share of the label minus share of the runner-up."""
     token_rewards: tuple[FloatArray, ...] | None = None
     """[V][T] optional rewards per token, added to the token's advantage by objectives that use them."""
+    probe_rewards: FloatArray | None = None
+    """[K] one per probe of the group, 1 where it gives the label; None without a label, or without probes."""
     metrics: Mapping[str, float] = field(default_factory=lambda: _EMPTY)
     trace: tuple[str, ...] = ()
     """Why, in words, for the report."""

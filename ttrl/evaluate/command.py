@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,13 +11,16 @@ from ttrl.config.schema import ModelSection
 from ttrl.errors import ConfigError
 from ttrl.evaluate.evaluator import Evaluation, Evaluator
 from ttrl.evaluate.labels import read_labels
+from ttrl.evaluate.stopped import RegretEvaluator, StoppedEvaluation, check_goals
 from ttrl.model_path import check_model_path
+from ttrl.probing import Stops
 from ttrl.prompts import check_room, read_prompts, tokenize
+from ttrl.protocols import Pool
 from ttrl.rewards.reader import AnswerReader
 from ttrl.rollout.engines import hf
 from ttrl.stopping import StopSwitch
 from ttrl.templates import check_template, describe
-from ttrl.types import SamplingSpec
+from ttrl.types import Prompt, SamplingSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,10 +44,63 @@ class EvalCall:
     extractor_options: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RegretCall:
+    """What `ttrl eval --regret` adds; `samples` of the call is the number of traces."""
+
+    budgets: tuple[int, ...]
+    reach: tuple[float, ...]
+    splitter: str
+    """paragraphs, delimiter:TEXT or tokens:N"""
+    termination: str
+    probes: int
+    probe_tokens: int
+
+
 def evaluate_model(call: EvalCall) -> Evaluation:
     """Raises ConfigError for mistakes, before the model is loaded."""
     if not call.k or min(call.k) < 1 or max(call.k) > call.samples:
         raise ConfigError(f"--k must be between 1 and --samples ({call.samples}), got {','.join(map(str, call.k))}")
+    with _opened(call) as (prompts, reader, spec, pool):
+        evaluator = Evaluator(
+            "prompts", prompts, call.labels, reader, spec,
+            samples=call.samples, ks=sorted(set(call.k)), template=describe(call.template), seed=call.seed,
+        )  # fmt: skip
+        return evaluator(0, pool)
+
+
+def evaluate_regret(call: EvalCall, regret: RegretCall) -> StoppedEvaluation:
+    """Normalised regret and token efficiency. Raises ConfigError for mistakes, before the model is loaded."""
+    if call.labels is None:
+        raise ConfigError("--regret compares forced answers with references; name their file in --labels")
+    rule, _, value = regret.splitter.partition(":")
+    known: dict[str, dict[str, Any]] = {"delimiter": {"delimiter": value}, "tokens": {"n": _number(value)}}
+    options = known.get(rule, {})
+    try:
+        stops = Stops.of(
+            rule, options, termination=regret.termination, probes=regret.probes, tokens=regret.probe_tokens
+        )
+    except ValueError as error:
+        raise ConfigError(f"--splitter, --probes or --probe-tokens: {error}") from None
+    check_goals(regret.budgets, regret.reach)
+    with _opened(call) as (prompts, reader, spec, pool):
+        evaluator = RegretEvaluator(
+            prompts, call.labels, reader, spec, stops, traces=call.samples, budgets=regret.budgets,
+            reach=regret.reach, template=describe(call.template), rule=regret.splitter, seed=call.seed,
+        )  # fmt: skip
+        return evaluator(pool)
+
+
+def _number(text: str) -> int | str:
+    return int(text) if text.isdigit() else text
+
+
+Opened = tuple[list[Prompt], AnswerReader, SamplingSpec, Pool]
+
+
+@contextmanager
+def _opened(call: EvalCall) -> Iterator[Opened]:
+    """Prompts, reader, spec and a pool with the model."""
     if call.top_p <= 0:
         raise ConfigError("--top-p must be above 0")
     if call.device not in ("auto", "cpu", "cuda"):
@@ -65,8 +122,4 @@ def evaluate_model(call: EvalCall) -> Evaluation:
         prompts = tokenize(records, engine.tokenizer, call.template, None)
         check_room(prompts, call.max_new_tokens, engine.max_positions)
         spec = SamplingSpec(max_new_tokens=call.max_new_tokens, temperature=call.temperature, top_p=call.top_p)
-        evaluator = Evaluator(
-            "prompts", prompts, call.labels, reader, spec,
-            samples=call.samples, ks=sorted(set(call.k)), template=describe(call.template), seed=call.seed,
-        )  # fmt: skip
-        return evaluator(0, LocalPool(engine))
+        yield list(prompts), reader, spec, LocalPool(engine)
