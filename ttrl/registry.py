@@ -35,6 +35,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "majority_vote": "ttrl.rewards.majority:MajorityVote",
         "soft_vote": "ttrl.rewards.soft:SoftVote",
         "frequency_entropy": "ttrl.rewards.soft:FrequencyEntropy",
+        "region_consistency": "ttrl.rewards.region:RegionConsistency",
         "selective": "ttrl.rewards.selective:Selective",
         "random": "ttrl.rewards.controls:Random",
         "incorrect": "ttrl.rewards.controls:Incorrect",

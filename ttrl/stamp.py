@@ -25,6 +25,8 @@ def stamp(recipe: Recipe, records: Iterable[PromptRecord]) -> dict[str, str]:
     digest = hashlib.sha256()
     for record in records:
         digest.update(repr((record.id, [(m.role, m.content) for m in record.messages])).encode())
+        if record.meta:
+            digest.update(repr(sorted(record.meta.items())).encode())
     found["prompts"] = f"sha256 {digest.hexdigest()[:16]}"
     for use in sorted({plug.use for plug in _plugs(recipe) if ".py:" in plug.use}):
         file = Path(use.rpartition(":")[0])

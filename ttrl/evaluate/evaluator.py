@@ -93,13 +93,13 @@ class Evaluator:
 
     def __init__(
         self, split: str, prompts: Sequence[Prompt], labels: str | None, reader: AnswerReader, spec: SamplingSpec,
-        *, samples: int, ks: Sequence[int], template: str, seed: int,
+        *, samples: int, ks: Sequence[int], template: str, seed: int, by: Sequence[str] = (),
     ) -> None:  # fmt: skip
         self.split = split
         self.labelled = labels is not None
         self._prompts, self._reader, self._spec = tuple(prompts), reader, spec
         self._labels = read_labels(labels, [p.id for p in prompts]) if labels is not None else None
-        self._samples, self._ks, self._seed = samples, tuple(ks), seed
+        self._samples, self._ks, self._seed, self._by = samples, tuple(ks), seed, tuple(by)
         self.protocol = Protocol(
             samples=samples, temperature=spec.temperature, top_p=spec.top_p, max_new_tokens=spec.max_new_tokens,
             template=template, extractor=reader.kind, prompts=len(prompts),
@@ -120,11 +120,13 @@ class Evaluator:
         size = self._samples
         results = tuple(self._result(p, rollouts[i * size : (i + 1) * size]) for i, p in enumerate(self._prompts))
         per_prompt = self._per_prompt(results)
-        estimates = {}
-        for name, values in per_prompt.items():
-            interval = bootstrap(np.asarray(values), derive(self._seed, "bootstrap"))
-            low, high = interval if interval else (None, None)
-            estimates[name] = Estimate(value=float(np.mean(values)), low=low, high=high)
+        estimates = {name: self._estimate(values) for name, values in per_prompt.items()}
+        for name, members in self._parts().items():
+            estimates |= {
+                f"{metric} [{name}]": self._estimate([values[i] for i in members])
+                for metric, values in per_prompt.items()
+                if metric.startswith(("pass@", "maj@"))
+            }
         return Evaluation(
             step=step,
             split=self.split,
@@ -133,6 +135,17 @@ class Evaluator:
             per_prompt=per_prompt,
             estimates=estimates,
         )
+
+    def _estimate(self, values: Sequence[float]) -> Estimate:
+        low, high = bootstrap(np.asarray(values), derive(self._seed, "bootstrap")) or (None, None)
+        return Estimate(value=float(np.mean(values)), low=low, high=high)
+
+    def _parts(self) -> dict[str, list[int]]:
+        """Prompts per combination of the `by` columns, such as "web/icon"."""
+        parts: dict[str, list[int]] = {}
+        for place, prompt in enumerate(self._prompts if self._by else ()):
+            parts.setdefault("/".join(str(prompt.meta[column]) for column in self._by), []).append(place)
+        return dict(sorted(parts.items()))
 
     def _result(self, prompt: Prompt, rollouts: Sequence[Rollout]) -> PromptResult:
         numbered, forms = self._reader.classes(self._reader.read(rollouts))
@@ -154,17 +167,24 @@ class Evaluator:
         )
 
     def _per_prompt(self, results: Sequence[PromptResult]) -> dict[str, tuple[float, ...]]:
-        table: dict[str, tuple[float, ...]] = {}
+        table = pass_metrics(results, self._ks) if self.labelled else {}
         if self.labelled:
-            for k in self._ks:
-                table[f"pass@{k}"] = tuple(pass_at_k(r.samples, r.correct or 0, k) for r in results)
-            for k in self._ks:
-                if k > 1:
-                    table[f"maj@{k}"] = tuple(_maj(r, k) for r in results)
-        table["majority_share"] = tuple(r.share for r in results)
-        table["answered"] = tuple(1 - r.no_answer / r.samples for r in results)
-        table["length"] = tuple(r.length for r in results)
-        return table
+            table |= {f"maj@{k}": tuple(_maj(r, k) for r in results) for k in self._ks if k > 1}
+        return {**table, **vote_metrics(results)}
+
+
+def pass_metrics(results: Sequence[PromptResult], ks: Sequence[int]) -> dict[str, tuple[float, ...]]:
+    """pass@k per prompt."""
+    return {f"pass@{k}": tuple(pass_at_k(r.samples, r.correct or 0, k) for r in results) for k in ks}
+
+
+def vote_metrics(results: Sequence[PromptResult]) -> dict[str, tuple[float, ...]]:
+    """What can be said without labels, per prompt."""
+    return {
+        "majority_share": tuple(r.share for r in results),
+        "answered": tuple(1 - r.no_answer / r.samples for r in results),
+        "length": tuple(r.length for r in results),
+    }
 
 
 def _maj(result: PromptResult, k: int) -> float:
