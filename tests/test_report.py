@@ -7,10 +7,12 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
 from ttrl.report import write_report
+from ttrl.report.votemap import vote_map
 from ttrl.rundir import RunDir
 
 ATTACK = '<script>document.title="owned"</script><img src=x onerror="document.title=\'owned\'">{{ 7*7 }}'
@@ -107,3 +109,23 @@ def test_chromium_shows_the_report_and_no_model_text_runs(run, browser, tmp_path
     assert dom.count("<svg") >= 3
     assert "corrupted" in dom
     assert json.loads((run.path / "summary.json").read_text())["status"] in dom
+
+
+def test_groups_over_a_screenshot_get_a_map_made_of_numbers_only():
+    rollouts = [
+        {"answer": a} for a in ("[10,10,50,30]", "[12.5,9,48,31]", "<script>", "[1,2,nan,4]", "[9,9,1,1]", None)
+    ]
+    drawn = vote_map({"screen": [200, 100], "label": "[12,10,48,30]", "rollouts": rollouts})
+    assert drawn is not None
+    shapes = ElementTree.fromstring(drawn)
+    assert [s.tag.rpartition("}")[2] for s in shapes] == [
+        "rect",
+        "rect",
+        "rect",
+        "rect",
+        "circle",
+    ]  # frame, two votes, the label
+    assert (shapes[4].get("cx"), shapes[4].get("cy")) == ("30.000", "20.000")
+    assert "script" not in drawn
+    assert vote_map({"screen": [200, 100], "label": None, "rollouts": [{"answer": "12"}]}) is None
+    assert vote_map({"label": "[1,1,2,2]", "rollouts": rollouts}) is None

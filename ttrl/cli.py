@@ -126,6 +126,45 @@ def evaluate_command(
         output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
+@app.command("solve")
+def solve_command(
+    model: Annotated[str, typer.Argument(help="model folder, hub name or bundled:NAME")],
+    prompts: Annotated[str, typer.Option(help="file with prompts")],
+    output: Annotated[Path, typer.Option(help="answers, one JSON object per line; must not exist yet")],
+    reward: Annotated[
+        str, typer.Option(help="the rule that elects an answer: majority_vote, region_consistency, ...")
+    ] = "majority_vote",
+    option: Annotated[list[str] | None, typer.Option(help="key=value of the rule; may be given again")] = None,
+    template: Annotated[str, typer.Option(help="chat, boxed, choice, raw or a .txt file")] = "chat",
+    keep: Annotated[str, typer.Option(help="comma-separated columns the rule needs, such as image_size")] = "",
+    votes: Annotated[int, typer.Option(min=2, help="samples per prompt")] = 16,
+    temperature: Annotated[float, typer.Option(min=0.0)] = 1.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    limit: Annotated[int | None, typer.Option(min=1, help="only the first N prompts")] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Answer prompts without training: sample votes and let a decision rule elect, or abstain."""
+    from dataclasses import asdict
+
+    from ttrl.config.source import parse_override
+    from ttrl.solve import SolveCall, solve
+
+    if output.exists() or not output.parent.is_dir():
+        raise ConfigError(f"--output {output}: {'exists already' if output.exists() else 'its folder does not exist'}")
+    given = {key: value for text in option or [] for key, value in parse_override(text).data.items()}
+    call = SolveCall(
+        model=model, prompts=prompts, reward=reward, options=given, template=template,
+        keep=tuple(name for name in keep.split(",") if name), votes=votes, temperature=temperature, top_p=top_p,
+        max_new_tokens=max_new_tokens, limit=limit, seed=seed, device=device,
+    )  # fmt: skip
+    solved = solve(call)
+    output.write_text("".join(json.dumps(asdict(one)) + "\n" for one in solved), encoding="utf-8")
+    elected = sum(one.answer is not None for one in solved)
+    typer.echo(f"{elected} of {len(solved)} prompts answered, the rule abstained on the others: {output}")
+
+
 @app.command()
 def check(
     target: Annotated[str, typer.Argument(help="recipe, ./reward.py, ./reward.py:Name or reward:NAME")],

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 
 import numpy as np
 
 from ttrl.errors import PluginError
 from ttrl.types import Group, Sample, Scored
+
+SYNTHETIC_META = MappingProxyType({"image_size": (1000, 1000)})
+"""What the prompts of synthetic groups say about themselves, so that rewards over screenshots can be tried too."""
 
 
 class Blame:

@@ -243,8 +243,10 @@ def recall(memory: Mapping[str, Stateful], held: Mapping[str, Mapping[str, Any]]
 
 def group_record(step: int, scored: Scored) -> dict[str, Any]:
     """One object of groups.jsonl, for people to read."""
+    size = scored.group.prompt.meta.get("image_size")
     return {
         "step": step,
+        **({} if size is None else {"screen": list(size)}),
         "prompt_id": scored.group.prompt.id,
         "prompt": scored.group.prompt.text,
         "label": scored.label,

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ttrl.contract import check_scored
+from ttrl.contract import SYNTHETIC_META, check_scored
 from ttrl.protocols import Reward, RewardContext
 from ttrl.types import Finish, Group, Message, Prompt, Rollout, Scored, WeightStamp
 
@@ -49,11 +49,15 @@ def examine(make: Callable[[], Reward], answers: Sequence[str] | None = None) ->
 
 
 def default_answers(make: Callable[[], Reward]) -> Sequence[str]:
-    """Three answers that the reward's reader understands; numbers when it does not say how it reads."""
+    """Three answers that the reward understands: its own `examples`, what its reader reads, or numbers."""
     try:
-        reader = getattr(make(), "reader", None)
+        reward = make()
     except Exception:  # noqa: BLE001 - the plug-in is a stranger; the first check reports what it raised
         return ("12", "7", "345")
+    examples = getattr(reward, "examples", ())
+    if len(examples) >= 3:
+        return [str(example) for example in examples[:3]]
+    reader = getattr(reward, "reader", None)
     labels = (getattr(reader, "options", None) or {}).get("labels")
     if labels and len(labels) >= 2:
         return [str(label) for label in (*labels, labels[0])[:3]]
@@ -156,7 +160,7 @@ class Kit:
             return "it asks for labels; that is an upper bound to compare with, not a label-free reward"
         for group in self.groups():
             for column in ("answer", "label", "solution", "gold"):
-                told = replace(group, prompt=replace(group.prompt, meta={column: self._answers[1]}))
+                told = replace(group, prompt=replace(group.prompt, meta={**SYNTHETIC_META, column: self._answers[1]}))
                 with Watch("while scoring") as seen:
                     scored = self.checked(self._make(), told)
                 if seen.problems:
@@ -196,7 +200,10 @@ class Kit:
                     self_certainty=np.full(tokens, 9.0 - i % 5, np.float32),
                 )
             )  # fmt: skip
-        prompt = Prompt(id="kit", messages=(Message(role="user", content="?"),), token_ids=np.arange(3, dtype=np.int32))
+        prompt = Prompt(
+            id="kit", messages=(Message(role="user", content="?"),), token_ids=np.arange(3, dtype=np.int32),
+            meta=SYNTHETIC_META,
+        )  # fmt: skip
         mask = np.ones(len(texts), np.bool_) if trainable is None else np.asarray(trainable, np.bool_)
         return Group(prompt=prompt, rollouts=tuple(rollouts), trainable=mask)
 

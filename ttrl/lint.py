@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ttrl.config.schema import Recipe
-from ttrl.contract import check_scored
+from ttrl.contract import SYNTHETIC_META, check_scored
 from ttrl.errors import PluginError
 from ttrl.objectives import TokenizedObjective
 from ttrl.probing import ProbingObjective
@@ -69,7 +69,7 @@ def lint(
     trial = _Trial(reward, objective, trained or votes, seed)
     if reward.min_votes > votes:
         return [Finding(code="votes", message=f"{name} needs {reward.min_votes} votes, the recipe draws {votes}")]
-    writer = answer_writer(getattr(reward, "reader", None))
+    writer = answer_writer(getattr(reward, "reader", None), getattr(reward, "examples", ()))
     if writer is None:
         return [Finding(code="skipped", message=f"{name} was not tried: answers of its kind could not be imitated")]
     try:
@@ -140,19 +140,24 @@ class _Trial:
                     weights=WeightStamp(version=0, fingerprint="synthetic"),
                 )
             )  # fmt: skip
-        prompt = Prompt(id=identifier, messages=(Message(role="user", content="?"),), token_ids=np.zeros(1, np.int32))
+        prompt = Prompt(
+            id=identifier, messages=(Message(role="user", content="?"),), token_ids=np.zeros(1, np.int32), meta=SYNTHETIC_META
+        )  # fmt: skip
         trainable = np.isin(np.arange(votes), rng.permutation(votes)[: min(self._trained, votes)])
         return Group(prompt=prompt, rollouts=tuple(rollouts), trainable=trainable)
 
 
-def answer_writer(reader: Any) -> dict[str, str] | None:
-    """Answer -> a text that gives it, for the kind the reader reads. None when the reader cannot tell two of them apart."""
+def answer_writer(reader: Any, examples: Sequence[str] = ()) -> dict[str, str] | None:
+    """Answer -> a text that gives it, for the kind the reader reads. None when the reader cannot tell two of them apart.
+
+    `examples`: answers that the reward itself offers, because not every answer its reader can read means something to it.
+    """
     kind, options = getattr(reader, "kind", "math"), getattr(reader, "options", {})
     forms: dict[str, Callable[[str], str]] = {"choice": "The answer is ({}).".format, "label": "{}".format}
-    answers = [str(11 + 7 * k) for k in range(12)]
-    if kind == "choice":
+    answers = list(examples) or [str(11 + 7 * k) for k in range(12)]
+    if not examples and kind == "choice":
         answers = list(options.get("letters", "ABCD"))
-    elif kind == "label":
+    elif not examples and kind == "label":
         answers = [str(label) for label in options.get("labels", ())]
     texts = [forms.get(kind, r"The answer is \boxed{{{}}}.".format)(answer) for answer in answers]
     if reader is None:

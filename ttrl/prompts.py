@@ -1,6 +1,7 @@
 """Reading unlabelled prompts: JSONL, JSON, CSV, Parquet or a hub data set -> records -> token ids.
 
-A column that looks like an answer is not refused and not read: only the id and prompt fields leave this file.
+A column that looks like an answer is not refused and not read: only the id, the prompt and what `data.keep` names leave this file,
+and `data.keep` may not name an answer.
 """
 
 from __future__ import annotations
@@ -8,9 +9,10 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from ttrl.model.load import Tokenizer
 
 ROLES = ("system", "user", "assistant", "tool")
+ANSWERS = frozenset({"answer", "answers", "label", "labels", "solution", "gold", "ground_truth", "target", "bbox"})
+"""Columns that hold reference answers; they never become part of a prompt."""
 UTF8 = "utf-8-sig"
 """With or without the byte order mark that spreadsheets write."""
 
@@ -35,6 +39,8 @@ class PromptRecord:
 
     id: str
     messages: tuple[Message, ...]
+    meta: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    """The columns that `data.keep` names."""
 
 
 Row = tuple[str, Mapping[str, Any]]
@@ -42,17 +48,21 @@ Row = tuple[str, Mapping[str, Any]]
 
 
 def read_prompts(
-    path: str, *, prompt_field: str = "prompt", id_field: str = "id", limit: int | None = None
+    path: str, *, prompt_field: str = "prompt", id_field: str = "id", limit: int | None = None, keep: Sequence[str] = ()
 ) -> list[PromptRecord]:
     """All prompts of a file, `bundled:` file or `hub:` data set, in order.
 
     A row has `prompt` (text, or a list of {role, content} turns) and may have an `id`; without one the id is a hash of the
-    content. Raises ConfigError naming file and line for broken rows, empty prompts, and duplicate ids.
+    content. `keep` names columns that become the prompt's `meta`. Raises ConfigError naming file and line for broken rows, empty
+    prompts, duplicate ids and kept columns that a row lacks, and for a kept column that holds answers.
     """
+    told = sorted(ANSWERS & {name.casefold() for name in keep})
+    if told:
+        raise ConfigError(f"data.keep names {', '.join(told)}: answers stay in the file that eval.labels names")
     records: list[PromptRecord] = []
     seen: dict[str, str] = {}
     for where, row in read_rows(path):
-        record = _record(where, row, prompt_field, id_field)
+        record = _record(where, row, prompt_field, id_field, keep)
         if record.id in seen:
             hint = (
                 ""
@@ -109,7 +119,9 @@ def tokenize(
                 f"prompt {record.id!r} has {len(ids)} tokens, more than data.max_prompt_tokens = {max_tokens}; "
                 "raise the limit or remove the prompt (prompts are never cut)"
             )
-        prompts.append(Prompt(id=record.id, messages=record.messages, token_ids=np.asarray(ids, np.int32)))
+        prompts.append(
+            Prompt(id=record.id, messages=record.messages, token_ids=np.asarray(ids, np.int32), meta=record.meta)
+        )
     return prompts
 
 
@@ -127,7 +139,7 @@ def check_room(prompts: Iterable[Prompt], max_new_tokens: int, max_positions: in
         )
 
 
-def _record(where: str, row: Mapping[str, Any], prompt_field: str, id_field: str) -> PromptRecord:
+def _record(where: str, row: Mapping[str, Any], prompt_field: str, id_field: str, keep: Sequence[str]) -> PromptRecord:
     if prompt_field not in row:
         raise ConfigError(
             f"{where}: no field {prompt_field!r}.{suggest(prompt_field, row)} (data.prompt_field names it)"
@@ -140,7 +152,11 @@ def _record(where: str, row: Mapping[str, Any], prompt_field: str, id_field: str
     if not isinstance(identifier, str | int) or isinstance(identifier, bool):
         raise ConfigError(f"{where}: the id must be text or a whole number, got {identifier!r}")
     _check_encodable(where, str(identifier))
-    return PromptRecord(id=str(identifier), messages=messages)
+    absent = [name for name in keep if name not in row]
+    if absent:
+        raise ConfigError(f"{where}: no field {absent[0]!r}.{suggest(absent[0], row)} (data.keep names it)")
+    meta = MappingProxyType({name: row[name] for name in keep})
+    return PromptRecord(id=str(identifier), messages=messages, meta=meta)
 
 
 def _messages(where: str, value: Any) -> tuple[Message, ...]:

@@ -43,6 +43,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "majority_vote": "ttrl.rewards.majority:MajorityVote",
         "soft_vote": "ttrl.rewards.soft:SoftVote",
         "frequency_entropy": "ttrl.rewards.soft:FrequencyEntropy",
+        "region_consistency": "ttrl.rewards.region:RegionConsistency",
         "selective": "ttrl.rewards.selective:Selective",
         "length_penalty": "ttrl.rewards.length:LengthPenalty",
         "random": "ttrl.rewards.controls:Random",

@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from ttrl.errors import ConfigError
 from ttrl.evaluate.evaluator import Evaluator, check_labels
 from ttrl.evaluate.labels import read_labels
 from ttrl.evaluate.luck import LuckMeter
+from ttrl.evaluate.regions import RegionEvaluator, check_regions
 from ttrl.guards import Keeper, build_guards
 from ttrl.model_path import check_model_path
 from ttrl.modes import Mode
@@ -40,6 +42,7 @@ from ttrl.protocols import (
 )  # fmt: skip
 from ttrl.registry import build, check, resolve
 from ttrl.rewards.reader import AnswerReader, reader_of
+from ttrl.rewards.region import RegionConsistency
 from ttrl.rundir import CHECKPOINTS
 from ttrl.sinks import check_sinks
 from ttrl.templates import check_template, describe
@@ -166,6 +169,8 @@ def check_recipe(recipe: Recipe) -> Checked:
         if recipe.eval.labels is not None:  # a mode answers every prompt, and every answer is judged
             judged = records if isinstance(source, Mode) else records[: recipe.eval.limit]
             attempt(lambda: check_labels(str(recipe.eval.labels), [r.id for r in judged]))
+    if isinstance(reward, RegionConsistency):
+        attempt(lambda: check_regions(records or [], recipe.eval.labels, recipe.eval.limit))
     labelled = reward is not None and "labels" in reward.needs
     if labelled:
         attempt(lambda: _hand_labels(recipe, reward, records or []))
@@ -340,7 +345,9 @@ def _plugs(recipe: Recipe) -> list[tuple[str, Plug]]:
 
 
 def _read(recipe: Recipe, path: str, limit: int | None) -> list[PromptRecord]:
-    return read_prompts(path, prompt_field=recipe.data.prompt_field, id_field=recipe.data.id_field, limit=limit)
+    return read_prompts(
+        path, prompt_field=recipe.data.prompt_field, id_field=recipe.data.id_field, limit=limit, keep=recipe.data.keep
+    )
 
 
 def _heldout(recipe: Recipe, split: PromptSet, adapted: Sequence[PromptRecord]) -> list[PromptRecord]:
@@ -375,10 +382,14 @@ def _evaluators(checked: Checked, prompts: Sequence[Prompt], heldout: Sequence[P
     sets = [("adapted", list(prompts)[: settings.limit], settings.labels)]
     if settings.heldout is not None:
         sets.append(("heldout", list(heldout), settings.heldout.labels))
+    kind: Callable[..., Evaluator] = Evaluator
+    if isinstance(checked.reward, RegionConsistency):
+        kind = partial(RegionEvaluator, reward=checked.reward)
     return tuple(
-        Evaluator(
+        kind(
             split, members, labels, checked.reader, spec,
             samples=settings.samples, ks=settings.k, template=describe(recipe.data.template), seed=recipe.seed,
+            by=settings.by,
         )
         for split, members, labels in sets
     )  # fmt: skip

@@ -62,6 +62,9 @@ class DataSection(Section):
     template: str = Field("chat", description="chat, boxed, choice, raw, or a text file with {prompt} in it")
     prompt_field: str = "prompt"
     id_field: str = "id"
+    keep: tuple[str, ...] = Field(
+        (), description="other columns that rewards and evaluation may see, such as image_size; never answers"
+    )
     limit: Positive | None = Field(None, description="use only the first N prompts")
     prompts_per_step: Positive = 8
     source: Plug = _plug("epoch")
@@ -211,6 +214,7 @@ class EvalSection(Section):
     max_new_tokens: Positive | None = Field(None, description="default: rollout.max_new_tokens")
     k: tuple[Positive, ...] = (1, 8, 16)
     limit: Positive | None = Field(None, description="evaluate only the first N prompts")
+    by: tuple[str, ...] = Field((), description="columns of data.keep: results are also given per combination of them")
 
     @field_validator("k")
     @classmethod
@@ -273,6 +277,9 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Recipe:
+        unkept = [column for column in self.eval.by if column not in self.data.keep]
+        if unkept:
+            raise ValueError(f"eval.by names columns that data.keep does not: {', '.join(unkept)}")
         if self.rollout.ahead and self.cluster.backend == "ray" and self.cluster.placement == "colocated":
             raise ValueError(
                 "rollout.ahead samples while training runs, so both need their own: cluster.placement: split"

@@ -99,13 +99,13 @@ class Evaluator:
 
     def __init__(
         self, split: str, prompts: Sequence[Prompt], labels: str | None, reader: AnswerReader, spec: SamplingSpec,
-        *, samples: int, ks: Sequence[int], template: str, seed: int,
+        *, samples: int, ks: Sequence[int], template: str, seed: int, by: Sequence[str] = (),
     ) -> None:  # fmt: skip
         self.split = split
         self.labelled = labels is not None
         self._prompts, self._reader, self._spec = tuple(prompts), reader, spec
         self._labels = read_labels(labels, [p.id for p in prompts]) if labels is not None else None
-        self._samples, self._ks, self._seed = samples, tuple(ks), seed
+        self._samples, self._ks, self._seed, self._by = samples, tuple(ks), seed, tuple(by)
         self.protocol = Protocol(
             samples=samples, temperature=spec.temperature, top_p=spec.top_p, max_new_tokens=spec.max_new_tokens,
             template=template, extractor=reader.description, prompts=len(prompts),
@@ -127,14 +127,25 @@ class Evaluator:
         rollouts = pool.generate(requests)
         size = self._samples
         results = tuple(self._result(p, rollouts[i * size : (i + 1) * size]) for i, p in enumerate(self._prompts))
-        per_prompt = accuracies(results, self._ks) if self.labelled else {}
+        per_prompt = self._accuracies(results) if self.labelled else {}
         return summarise(
-            step, self.split, self.protocol, results, {**per_prompt, **label_free(results)}, seed=self._seed
-        )
+            step, self.split, self.protocol, results, {**per_prompt, **label_free(results)}, seed=self._seed,
+            parts=self._parts(),
+        )  # fmt: skip
+
+    def _parts(self) -> dict[str, list[int]]:
+        """Prompts per combination of the `by` columns, such as "web/icon"."""
+        parts: dict[str, list[int]] = {}
+        for place, prompt in enumerate(self._prompts if self._by else ()):
+            parts.setdefault("/".join(str(prompt.meta[column]) for column in self._by), []).append(place)
+        return dict(sorted(parts.items()))
 
     def _result(self, prompt: Prompt, rollouts: Sequence[Rollout]) -> PromptResult:
         label = self._labels[prompt.id] if self._labels is not None else None
         return graded(prompt.id, count_votes(self._reader, rollouts), label, self._reader)
+
+    def _accuracies(self, results: Sequence[PromptResult]) -> dict[str, tuple[float, ...]]:
+        return accuracies(results, self._ks)
 
 
 def graded(prompt_id: str, vote: Vote, label: str | None, reader: AnswerReader) -> PromptResult:
@@ -164,13 +175,21 @@ def label_free(results: Sequence[PromptResult]) -> dict[str, tuple[float, ...]]:
 
 def summarise(
     step: int, split: str, protocol: Protocol, results: Sequence[PromptResult],
-    per_prompt: Mapping[str, tuple[float, ...]], *, seed: int,
+    per_prompt: Mapping[str, tuple[float, ...]], *, seed: int, parts: Mapping[str, Sequence[int]] | None = None,
 ) -> Evaluation:  # fmt: skip
-    """Means over prompts with their intervals."""
-    estimates = {}
-    for name, values in per_prompt.items():
+    """Means over prompts with their intervals; accuracies also over each of the `parts`, which name places of prompts."""
+
+    def estimate(values: Sequence[float]) -> Estimate:
         low, high = bootstrap(np.asarray(values), derive(seed, "bootstrap")) or (None, None)
-        estimates[name] = Estimate(value=float(np.mean(values)), low=low, high=high)
+        return Estimate(value=float(np.mean(values)), low=low, high=high)
+
+    estimates = {name: estimate(values) for name, values in per_prompt.items()}
+    for part, members in (parts or {}).items():
+        estimates |= {
+            f"{name} [{part}]": estimate([values[i] for i in members])
+            for name, values in per_prompt.items()
+            if name.startswith(("pass@", "maj@"))
+        }
     return Evaluation(
         step=step, split=split, protocol=protocol, results=tuple(results), per_prompt=per_prompt, estimates=estimates
     )

@@ -10,6 +10,7 @@ from typing import Any
 from ttrl.config import Recipe, load_recipe
 from ttrl.evaluate.seal import label_files
 from ttrl.report.plots import accuracy, curve, share_map
+from ttrl.report.votemap import vote_map
 from ttrl.rundir import EVAL, EVENTS, GROUPS, LEDGER, LUCK, METRICS, RECIPE, REPORT, RunDir
 from ttrl.stamp import from_comments
 
@@ -260,6 +261,7 @@ def _clipped(group: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **group,
         "prompt": _clip(group["prompt"]),
+        "map": vote_map(group),
         "rollouts": sorted(rollouts, key=lambda r: (-r["reward"], r["class"])),
     }
 
