@@ -111,6 +111,14 @@ class Worker:
         if loaded is not None and not loaded:
             raise EngineError(f"weights for {names!r} arrived, but vLLM skipped them")
 
+    def ttrl_let_go(self) -> None:
+        """Copies what vLLM keeps of layers that are not complete: it was lent."""
+        for layer in self.model_runner.get_model().modules():
+            for _, bound in get_layerwise_info(layer).loaded_weights:
+                for name, value in bound.arguments.items():
+                    if isinstance(value, Tensor) and not value.is_meta:
+                        bound.arguments[name] = value.clone()
+
     def ttrl_end(self, finalize: bool) -> None:
         """Everything came: put the layers back into use. Without `finalize`, vLLM's own weight transfer has done that."""
         model = self.model_runner.get_model()

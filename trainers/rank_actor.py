@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from ttrl.types import AdapterSpec, FloatArray, IntArray, PackedBatch
 
 if TYPE_CHECKING:
     from ttrl.model.buckets import Bucket
+    from ttrl.model.outlet import Outlet
     from ttrl.trainers.deepspeed_backend import DeepSpeedTrainer
     from ttrl.trainers.process_group import Place
     from ttrl.trainers.rankstep import RankStep
@@ -25,6 +26,7 @@ class RankActor:
         self._store: Any = None
         self._place: Place | None = None
         self._buckets: Iterator[Bucket | None] = iter(())
+        self._outlet: Outlet | None = None
 
     def address(self) -> str:
         """Of this node, as the cluster knows it."""
@@ -65,7 +67,10 @@ class RankActor:
 
         assert self._place is not None
         tensors = iter(self._ours.weights(adapter=adapter))
-        self._buckets = (pack_buckets if self._place.rank == 0 else follow_buckets)(tensors, bucket_bytes)
+        if self._place.rank == 0:  # a bucket is in the object store before the next one is asked for
+            self._buckets = pack_buckets(tensors, bucket_bytes, reuse=True)
+        else:
+            self._buckets = follow_buckets(tensors, bucket_bytes)
 
     def bucket(self) -> tuple[Bucket | None, bool]:
         """(the next bucket on rank 0, whether there was one): two results, of which the second is small."""
@@ -73,6 +78,15 @@ class RankActor:
             return next(self._buckets), True
         except StopIteration:
             return None, False
+
+    def outlet(self, work: Callable[[Outlet], None]) -> None:
+        """Run a sender here."""
+        from ttrl.model.outlet import Outlet
+
+        if self._outlet is None:
+            assert self._place is not None
+            self._outlet = Outlet(rank=self._place.rank, weights=self._ours.weights)
+        work(self._outlet)
 
     def score(self, token_ids: IntArray) -> FloatArray:
         return self._ours.score(token_ids)

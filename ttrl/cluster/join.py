@@ -43,10 +43,6 @@ def check_cluster(section: ClusterSection) -> None:
     if section.backend == "ray":
         if find_spec("ray") is None:
             raise ConfigError("cluster.backend: ray needs the package ray: pip install 'ttrl[cluster]'")
-        if section.transport in ("nccl", "ipc"):
-            raise ConfigError(
-                f"cluster.transport: {section.transport} is not connected to rollout workers yet; use auto, object_store or gloo"
-            )
         if section.address not in ("auto", "local"):
             parse_address(section.address)
 

@@ -1,11 +1,11 @@
 """Tensors packed into flat buckets of bounded size: what crosses a process border during a weight sync.
 
-A sender holds one bucket while the receivers unpack the one before it, so two exist at most. A tensor larger than a bucket is a
-bucket of its own.
+No bucket is larger than it was asked to be: a tensor that does not fit into one is cut, and put together where it arrives.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ttrl.errors import EngineError
 from ttrl.protocols import WeightSource
 from ttrl.types import AdapterSpec
 
@@ -24,14 +25,25 @@ _ALIGNMENT = 64
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One tensor inside a bucket."""
+    """One tensor inside a bucket, or a part of it. All numbers are bytes."""
 
     name: str
     dtype: str
     """Name of the torch dtype, such as "bfloat16"."""
     shape: tuple[int, ...]
+    """of the whole tensor"""
     start: int
-    """Byte offset."""
+    """in the bucket"""
+    nbytes: int
+    """in this bucket"""
+    offset: int = 0
+    """in the tensor"""
+
+    @property
+    def whole(self) -> int:
+        """Of the tensor."""
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return math.prod(self.shape) * dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,49 +57,95 @@ class Bucket:
         """[bytes] uint8 of the whole bucket; borrowed and read-only."""
         return _borrowed(self.data)
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Views into the bucket, not copies; read-only, and valid as long as the bucket is."""
-        whole = self.flat()
-        for entry in self.entries:
-            dtype = getattr(torch, entry.dtype)
-            count = int(np.prod(entry.shape, dtype=np.int64))
-            part = whole[entry.start : entry.start + count * dtype.itemsize]
-            yield entry.name, part.view(dtype).view(entry.shape)
+
+class Unpacker:
+    """Whole tensors out of the buckets of one source, in order."""
+
+    def __init__(self) -> None:
+        self._open: tuple[str, Tensor] | None = None
+        """a tensor of which parts are missing, [bytes] uint8"""
+        self._filled = 0
+
+    def tensors(self, bucket: Bucket) -> Iterator[tuple[str, Tensor]]:
+        """Those that are whole now: views into the bucket, read-only and valid as long as it is, or memory of their own if they
+        came in parts. Raises EngineError when a part is missing."""
+        data = bucket.flat()
+        for entry in bucket.entries:
+            flat = data[entry.start : entry.start + entry.nbytes]
+            if entry.nbytes < entry.whole:
+                flat, whole = self._join(entry, flat)
+                if not whole:
+                    continue
+            yield entry.name, flat.view(getattr(torch, entry.dtype)).view(entry.shape)
+
+    def _join(self, entry: Entry, part: Tensor) -> tuple[Tensor, bool]:
+        """(all of the tensor that came, whether that is everything)"""
+        if entry.offset == 0:
+            self._open, self._filled = (entry.name, torch.empty(entry.whole, dtype=torch.uint8)), 0
+        if self._open is None or (self._open[0], self._filled) != (entry.name, entry.offset):
+            raise EngineError(f"weights for {entry.name!r} arrived in parts, of which one is missing")
+        flat = self._open[1]
+        flat[entry.offset : entry.offset + entry.nbytes] = part
+        self._filled += entry.nbytes
+        if self._filled < len(flat):
+            return flat, False
+        self._open = None
+        return flat, True
 
 
-def pack_buckets(tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int) -> Iterator[Bucket]:
-    """Copy tensors, in order, into buckets of at most `bucket_bytes` (unless a single tensor is larger)."""
+def unpack(buckets: Iterable[Bucket]) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of a source; see `Unpacker.tensors`."""
+    unpacker = Unpacker()
+    for bucket in buckets:
+        yield from unpacker.tensors(bucket)
+
+
+def pack_buckets(tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int, *, reuse: bool = False) -> Iterator[Bucket]:
+    """Copy tensors, in order, into buckets of at most `bucket_bytes`.
+
+    reuse: all buckets lie in the same memory, so that each is gone when the next one is asked for.
+    """
     entries: list[Entry] = []
     data, size = np.empty(0, np.uint8), 0
     for name, tensor in tensors:
         source = tensor.detach().to("cpu").contiguous()
-        raw = source.reshape(-1).view(torch.uint8).numpy()
-        if entries and size + raw.nbytes > bucket_bytes:
-            full = [Bucket(tuple(entries), data[:size])]
-            data, entries, size = np.empty(0, np.uint8), [], 0
-            yield full.pop()  # nothing here keeps it alive
-        if not entries:  # a new array: whoever got the last bucket may still read it
-            data = np.empty(max(bucket_bytes, raw.nbytes), np.uint8)
-        entries.append(Entry(name, str(source.dtype).removeprefix("torch."), tuple(source.shape), size))
-        data[size : size + raw.nbytes] = raw
-        size = min(len(data), -(-(size + raw.nbytes) // _ALIGNMENT) * _ALIGNMENT)
+        raw, dtype = source.reshape(-1).view(torch.uint8).numpy(), str(source.dtype).removeprefix("torch.")
+        for offset, length in _parts(raw.nbytes, bucket_bytes):
+            if entries and size + length > bucket_bytes:
+                full = [Bucket(tuple(entries), data[:size])]
+                data, entries, size = data if reuse else np.empty(0, np.uint8), [], 0
+                yield full.pop()  # nothing here keeps it alive
+            if not len(data):
+                data = np.empty(bucket_bytes, np.uint8)
+            entries.append(Entry(name, dtype, tuple(source.shape), size, length, offset))
+            data[size : size + length] = raw[offset : offset + length]
+            size = _next(size + length, bucket_bytes)
     if entries:
         yield Bucket(tuple(entries), data[:size])
 
 
 def follow_buckets(tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int) -> Iterator[None]:
     """Yields whenever `pack_buckets` would, and copies nothing: for ranks that only help to make the tensors whole."""
-    count, size, room = 0, 0, 0
+    count, size = 0, 0
     for _, tensor in tensors:
-        nbytes = tensor.numel() * tensor.element_size()
-        if count and size + nbytes > bucket_bytes:
-            yield None
-            count, size = 0, 0
-        if not count:
-            room = max(bucket_bytes, nbytes)
-        count, size = count + 1, min(room, -(-(size + nbytes) // _ALIGNMENT) * _ALIGNMENT)
+        for _, length in _parts(tensor.numel() * tensor.element_size(), bucket_bytes):
+            if count and size + length > bucket_bytes:
+                yield None
+                count, size = 0, 0
+            count, size = count + 1, _next(size + length, bucket_bytes)
     if count:
         yield None
+
+
+def _parts(nbytes: int, bucket_bytes: int) -> Iterator[tuple[int, int]]:
+    """(offset, length) of what a tensor is cut into; an empty tensor is one part."""
+    for offset in range(0, max(nbytes, 1), bucket_bytes):
+        yield offset, min(bucket_bytes, nbytes - offset)
+
+
+def _next(end: int, bucket_bytes: int) -> int:
+    """Where the next tensor may start."""
+    return min(bucket_bytes, -(-end // _ALIGNMENT) * _ALIGNMENT)
 
 
 def _borrowed(data: npt.NDArray[np.uint8]) -> Tensor:
@@ -111,5 +169,4 @@ class KeptWeights:
         return KeptWeights(source.version, source.manifest, source.adapter, buckets)
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        for bucket in self.buckets:
-            yield from bucket.tensors()
+        yield from unpack(self.buckets)
