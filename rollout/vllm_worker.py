@@ -133,16 +133,22 @@ class Worker:
 
 
 def _repack_tied(model: torch.nn.Module) -> None:
-    """A head tied to the embedding keeps a repacked copy on a CPU, which vLLM's reload leaves as it was."""
-    owners: set[int] = set()
+    """A head tied to the embedding keeps a packed copy on a CPU, which vLLM's reload leaves as it was. The embedding has a new one of
+    the same weights, so both use that."""
+    owners: dict[int, torch.nn.Module] = {}
     for module in model.modules():
         weight, method = module._parameters.get("weight"), getattr(module, "quant_method", None)
         if weight is None or method is None:
             continue
-        if id(weight) in owners:
+        owner = owners.setdefault(id(weight), module)
+        if owner is module:
+            continue
+        packed = vars(owner).get("cpu_linear")
+        if packed is not None and type(owner.quant_method) is type(method):
+            module.cpu_linear = packed
+        else:
             vars(module).pop("_already_called_process_weights_after_loading", None)
             method.process_weights_after_loading(module)
-        owners.add(id(weight))
 
 
 def _digest(tensor: Tensor) -> int:
