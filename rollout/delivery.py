@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ttrl.cluster import Cluster, Lost
 from ttrl.cluster.transport import Transport
 from ttrl.config.schema import Recipe
-from ttrl.model.buckets import pack_buckets, unpack
+from ttrl.model.buckets import lent, pack_buckets, unpack
 from ttrl.protocols import RemoteWeights, WeightSource
 from ttrl.types import AdapterSpec, WeightStamp
 
@@ -49,6 +49,10 @@ def delivery(nodes: Cluster, recipe: Recipe, kind: Transport) -> Delivery:
         return Gloo(nodes, nodes.section.bucket_mb << 20)
     if kind == "object_store":
         return ObjectStore(nodes, nodes.section.bucket_mb << 20)
+    if kind == "shared_memory":
+        from ttrl.rollout.shared import SharedMemory
+
+        return SharedMemory(nodes, nodes.section.bucket_mb << 20)
     from ttrl.rollout.direct import Direct
 
     return Direct(nodes, recipe, kind)
@@ -94,7 +98,7 @@ def stored(nodes: Cluster, source: WeightSource, bucket_bytes: int) -> Iterator[
     if isinstance(source, RemoteWeights):
         yield from source.bucket_refs(bucket_bytes)
     else:
-        for bucket in pack_buckets(iter(source), bucket_bytes, reuse=True):
+        for bucket in pack_buckets(iter(source), bucket_bytes, room=lent(bucket_bytes)):
             yield nodes.put(bucket)
 
 

@@ -75,6 +75,7 @@ class Worker:
 
     model_runner: Any
     vllm_config: Any
+    _ttrl_layers: list[Any]
 
     def ttrl_install(self) -> dict[str, list[str]]:
         """Puts the sampler in place; returns vLLM's fused layers, such as qkv_proj -> [q_proj, k_proj, v_proj]."""
@@ -89,8 +90,8 @@ class Worker:
     def ttrl_begin(self) -> None:
         """New weights follow. CPU weights are repacked after loading, so they go through vLLM's layerwise reload."""
         model = self.model_runner.get_model()
-        for layer in model.modules():
-            info = get_layerwise_info(layer)
+        self._ttrl_layers = [get_layerwise_info(layer) for layer in model.modules()]
+        for info in self._ttrl_layers:
             if info.can_load():  # left over from a sync that was not completed
                 info.loaded_weights.clear()
                 info.load_numel = 0
@@ -113,8 +114,8 @@ class Worker:
 
     def ttrl_let_go(self) -> None:
         """Copies what vLLM keeps of layers that are not complete: it was lent."""
-        for layer in self.model_runner.get_model().modules():
-            for _, bound in get_layerwise_info(layer).loaded_weights:
+        for info in self._ttrl_layers:
+            for _, bound in info.loaded_weights:
                 for name, value in bound.arguments.items():
                     if isinstance(value, Tensor) and not value.is_meta:
                         bound.arguments[name] = value.clone()

@@ -58,6 +58,17 @@ class Worker:
             self._unpacker.tensors(bucket), lasting=True
         )  # the store frees a bucket when the last view of it is gone
 
+    def load_shared(self, path: str, seconds: float) -> bool:
+        """All of them, from a sender on this machine (`shared.py`); False when it left."""
+        from ttrl.rollout.shared import receive
+
+        try:
+            for bucket in receive(path, seconds):
+                self._engine.load(self._unpacker.tensors(bucket), lasting=True)
+        except OSError:
+            return False
+        return True
+
     def join(self, address: tuple[str, int], rank: int, size: int, seconds: float) -> bool:
         """Become part of a broadcast group (`gloo.py`); False when it did not come about."""
         from ttrl.rollout.gloo import Receiver

@@ -13,14 +13,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from importlib.util import find_spec
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 
 from ttrl.cluster import Lost
 from ttrl.cluster import transport as rules
-from ttrl.cluster.transport import check_transport, transport
+from ttrl.cluster.transport import Transport, check_transport, transport
 from ttrl.config import Recipe, load_recipe
 from ttrl.errors import ClusterError, ConfigError, EngineError
 from ttrl.model.outlet import DirectWeights, Outlet
@@ -29,6 +29,7 @@ from ttrl.rollout import direct
 from ttrl.rollout.delivery import Arrival, Interrupted, ObjectStore, delivery
 from ttrl.rollout.direct import Direct, Join
 from ttrl.rollout.gloo import Gloo
+from ttrl.rollout.shared import SharedMemory
 from ttrl.types import WeightStamp
 
 needs_vllm = pytest.mark.skipif(
@@ -48,16 +49,16 @@ def recipe(*changes: str) -> Recipe:
 @pytest.mark.parametrize(
     ("changes", "on_gpus", "expected"),
     [
-        ([], False, "object_store"),
+        ([], False, "shared_memory"),
         ([], True, "ipc"),
         (["cluster.placement=split"], True, "nccl"),
-        (["cluster.ranks=4"], True, "object_store"),
+        (["cluster.ranks=4"], True, "shared_memory"),
         (["cluster.workers=1", "rollout.engine.with.tensor_parallel=2"], True, "ipc"),
-        (["rollout.engine=hf"], True, "object_store"),
-        (["trainer.backend=torch", "trainer.zero=null", "cluster.ranks=1"], True, "object_store"),
-        (["cluster.placement=split", "rollout.ahead=1"], True, "object_store"),
-        (["trainer.parameters=lora"], True, "object_store"),
-        (["trainer.parameters=lora", "rollout.engine.with.lora_rank=16"], True, "object_store"),
+        (["rollout.engine=hf"], True, "shared_memory"),
+        (["trainer.backend=torch", "trainer.zero=null", "cluster.ranks=1"], True, "shared_memory"),
+        (["cluster.placement=split", "rollout.ahead=1"], True, "shared_memory"),
+        (["trainer.parameters=lora"], True, "shared_memory"),
+        (["trainer.parameters=lora", "rollout.engine.with.lora_rank=16"], True, "shared_memory"),
         (["cluster.transport=gloo"], True, "gloo"),
         (["cluster.transport=object_store"], True, "object_store"),
         (["cluster.transport=nccl", "cluster.placement=split"], True, "nccl"),
@@ -69,8 +70,8 @@ def test_the_recipe_and_the_devices_choose(changes, on_gpus, expected):
 
 def test_a_choice_has_its_delivery():
     nodes: Any = SimpleNamespace(section=recipe().cluster)
-    found = [type(delivery(nodes, recipe(), kind)) for kind in ("object_store", "gloo", "nccl", "ipc")]
-    assert found == [ObjectStore, Gloo, Direct, Direct]
+    found = [type(delivery(nodes, recipe(), kind)) for kind in get_args(Transport)]
+    assert found == [SharedMemory, ObjectStore, Gloo, Direct, Direct]
 
 
 @pytest.mark.parametrize(

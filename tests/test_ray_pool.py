@@ -29,6 +29,7 @@ from ttrl.rollout.flat import FlatSampler
 from ttrl.rollout.gloo import Gloo
 from ttrl.rollout.pool import LocalPool
 from ttrl.rollout.ray_pool import RayPool
+from ttrl.rollout.shared import SharedMemory
 from ttrl.setup import check_recipe
 from ttrl.types import Request, SamplingSpec
 
@@ -194,7 +195,7 @@ def test_a_lost_worker_is_replaced_with_the_weights_of_the_last_sync(pair, order
     assert pair.pool.events() == {"cluster/replaced": 0.0}
 
 
-@pytest.mark.parametrize("transport", [ObjectStore, Gloo])
+@pytest.mark.parametrize("transport", [SharedMemory, ObjectStore, Gloo])
 def test_a_worker_that_dies_over_a_sync_is_replaced_and_gets_all_of_it(pair, cluster, monkeypatch, transport):
     monkeypatch.setattr(pair.pool, "_delivery", transport(cluster, 1 << 20))
     pair.sync()

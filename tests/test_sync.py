@@ -11,7 +11,7 @@ import torch
 from helpers_torch import one_update, prompt, samples, section, trainer
 
 from ttrl.errors import EngineError
-from ttrl.model.buckets import KeptWeights, pack_buckets, unpack
+from ttrl.model.buckets import KeptWeights, lent, pack_buckets, unpack
 from ttrl.model.weights import Intake, NamedTensors, load_weights
 from ttrl.protocols import WeightSource
 from ttrl.rollout.hf import HFEngine
@@ -158,8 +158,8 @@ def test_buckets_hold_what_was_put_in(size: int) -> None:
     assert all(b.data.nbytes <= size for b in buckets)
     assert [len(buckets) == 1, len(buckets) > 100] == [size >= 1000, size == 1]
     kept = dict(unpack(buckets))
-    lent = {name: tensor.clone() for name, tensor in unpack(pack_buckets(tensors.items(), size, reuse=True))}
-    for found in (kept, lent):
+    copied = {name: tensor.clone() for name, tensor in unpack(pack_buckets(tensors.items(), size, room=lent(size)))}
+    for found in (kept, copied):
         assert list(found) == list(tensors)
         for name, tensor in tensors.items():
             assert found[name].dtype == tensor.dtype
@@ -184,7 +184,7 @@ def test_a_tensor_that_is_cut_is_whole_or_missed() -> None:
 
 def test_memory_is_used_again_only_when_asked_for() -> None:
     for reuse in (False, True):
-        buckets = pack_buckets(((n, torch.full((4,), float(n))) for n in "12"), 16, reuse=reuse)
+        buckets = pack_buckets(((n, torch.full((4,), float(n))) for n in "12"), 16, room=lent(16) if reuse else None)
         first, second = next(buckets), next(buckets)
         assert np.shares_memory(first.data, second.data) == reuse
 

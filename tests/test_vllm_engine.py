@@ -22,7 +22,7 @@ from scipy.stats import chisquare
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ttrl.errors import ConfigError, EngineError, StopRequested
-from ttrl.model.buckets import Unpacker, pack_buckets
+from ttrl.model.buckets import Unpacker, lent, pack_buckets
 from ttrl.model.weights import Fingerprint, NamedTensors, load_weights
 from ttrl.rollout.engines import hf, vllm
 from ttrl.rollout.pool import LocalPool
@@ -360,7 +360,7 @@ def test_nothing_of_a_bucket_is_kept_when_it_was_loaded(engine: Any) -> None:
     for bucket_bytes in (1 << 12, 1 << 16):
         weights, unpacker = source(other, 1), Unpacker()
         engine.begin_load(1, weights.manifest)
-        for bucket in pack_buckets(iter(weights), bucket_bytes, reuse=True):
+        for bucket in pack_buckets(iter(weights), bucket_bytes, room=lent(bucket_bytes)):
             engine.load(unpacker.tensors(bucket), lasting=True)
             bucket.data.fill(0x3F)
         assert engine.end_load() == expected_print(other)

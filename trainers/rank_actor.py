@@ -63,12 +63,12 @@ class RankActor:
 
     def begin(self, bucket_bytes: int, *, adapter: bool) -> None:
         """The next `bucket` is the first one."""
-        from ttrl.model.buckets import follow_buckets, pack_buckets
+        from ttrl.model.buckets import follow_buckets, lent, pack_buckets
 
         assert self._place is not None
         tensors = iter(self._ours.weights(adapter=adapter))
         if self._place.rank == 0:  # a bucket is in the object store before the next one is asked for
-            self._buckets = pack_buckets(tensors, bucket_bytes, reuse=True)
+            self._buckets = pack_buckets(tensors, bucket_bytes, room=lent(bucket_bytes))
         else:
             self._buckets = follow_buckets(tensors, bucket_bytes)
 

@@ -9,7 +9,7 @@ from typing import Literal
 from ttrl.config.schema import Recipe
 from ttrl.errors import ConfigError
 
-Transport = Literal["object_store", "gloo", "nccl", "ipc"]
+Transport = Literal["shared_memory", "object_store", "gloo", "nccl", "ipc"]
 DIRECT = ("nccl", "ipc")
 """From the GPU of a rank to those of the workers, with vLLM's own transfer engines."""
 
@@ -37,7 +37,7 @@ def transport(recipe: Recipe, *, on_gpus: bool) -> Transport:
     wanted = recipe.cluster.transport
     if wanted == "auto":
         direct: Transport = "ipc" if recipe.cluster.placement == "colocated" else "nccl"
-        return direct if on_gpus and not obstacles(recipe, direct) else "object_store"
+        return direct if on_gpus and not obstacles(recipe, direct) else "shared_memory"
     if wanted in DIRECT:
         _refuse(wanted, [] if on_gpus else [NO_GPU])
     return wanted
@@ -72,7 +72,7 @@ def obstacles(recipe: Recipe, kind: str) -> list[str]:
 def _refuse(kind: str, reasons: list[str]) -> None:
     if reasons:
         raise ConfigError(
-            f"cluster.transport: {kind} {'; it '.join(reasons)}. Change that, or use auto, object_store or gloo"
+            f"cluster.transport: {kind} {'; it '.join(reasons)}. Change that, or use auto, shared_memory, object_store or gloo"
         )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,7 @@ from ttrl.errors import EngineError
 from ttrl.protocols import WeightSource
 from ttrl.types import AdapterSpec
 
+Memory = npt.NDArray[np.uint8]
 _ALIGNMENT = 64
 """Bytes; tensors start at multiples of it, so that views of any dtype are possible."""
 
@@ -51,7 +52,7 @@ class Bucket:
     """Some named tensors as bytes."""
 
     entries: tuple[Entry, ...]
-    data: npt.NDArray[np.uint8]
+    data: Memory
 
     def flat(self) -> Tensor:
         """[bytes] uint8 of the whole bucket; borrowed and read-only."""
@@ -100,28 +101,37 @@ def unpack(buckets: Iterable[Bucket]) -> Iterator[tuple[str, Tensor]]:
         yield from unpacker.tensors(bucket)
 
 
-def pack_buckets(tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int, *, reuse: bool = False) -> Iterator[Bucket]:
+def pack_buckets(
+    tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int, *, room: Callable[[], Memory] | None = None
+) -> Iterator[Bucket]:
     """Copy tensors, in order, into buckets of at most `bucket_bytes`.
 
-    reuse: all buckets lie in the same memory, so that each is gone when the next one is asked for.
+    room: gives the memory of each, `bucket_bytes`; new one by default.
     """
     entries: list[Entry] = []
-    data, size = np.empty(0, np.uint8), 0
+    empty = np.empty(0, np.uint8)
+    data, size = empty, 0
     for name, tensor in tensors:
         source = tensor.detach().to("cpu").contiguous()
         raw, dtype = source.reshape(-1).view(torch.uint8).numpy(), str(source.dtype).removeprefix("torch.")
         for offset, length in _parts(raw.nbytes, bucket_bytes):
             if entries and size + length > bucket_bytes:
                 full = [Bucket(tuple(entries), data[:size])]
-                data, entries, size = data if reuse else np.empty(0, np.uint8), [], 0
+                data, entries, size = empty, [], 0
                 yield full.pop()  # nothing here keeps it alive
             if not len(data):
-                data = np.empty(bucket_bytes, np.uint8)
+                data = np.empty(bucket_bytes, np.uint8) if room is None else room()
             entries.append(Entry(name, dtype, tuple(source.shape), size, length, offset))
             data[size : size + length] = raw[offset : offset + length]
             size = _next(size + length, bucket_bytes)
     if entries:
         yield Bucket(tuple(entries), data[:size])
+
+
+def lent(bucket_bytes: int) -> Callable[[], Memory]:
+    """Room that is the same for all: each bucket is gone when the next one is asked for."""
+    memory = np.empty(bucket_bytes, np.uint8)
+    return lambda: memory
 
 
 def follow_buckets(tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int) -> Iterator[None]:
@@ -148,7 +158,7 @@ def _next(end: int, bucket_bytes: int) -> int:
     return min(bucket_bytes, -(-end // _ALIGNMENT) * _ALIGNMENT)
 
 
-def _borrowed(data: npt.NDArray[np.uint8]) -> Tensor:
+def _borrowed(data: Memory) -> Tensor:
     """A tensor over memory that may be read-only (an object store's). Receivers copy out of it and never write."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given (buffer|NumPy array) is not writable")
