@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ttrl.cluster import Cluster, Lost
@@ -17,8 +17,11 @@ log = logging.getLogger(__name__)
 class Crew:
     """Handles by index. A replacement keeps the index, the seat and the name of the one before."""
 
-    def __init__(self, recipe: Recipe, nodes: Cluster) -> None:
+    def __init__(self, recipe: Recipe, nodes: Cluster, options: Mapping[str, Any]) -> None:
+        """`options` of the engine are added to those of the recipe."""
         self._recipe, self._nodes = recipe, nodes
+        engine = recipe.rollout.engine
+        self._engine = engine.model_copy(update={"options": {**engine.options, **options}})
         self._left = recipe.cluster.replacements
         self.replaced = 0
         """workers replaced so far"""
@@ -114,4 +117,4 @@ class Crew:
         return self._nodes.launch(f"rollout worker {index}", Worker, self._nodes.worker_options(index))
 
     def _start(self, index: int) -> Any:
-        return self.handles[index].start.remote(self._recipe.rollout.engine, self._recipe.model)
+        return self.handles[index].start.remote(self._engine, self._recipe.model)

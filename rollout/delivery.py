@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ttrl.cluster import Cluster, Lost
-from ttrl.errors import ConfigError
-from ttrl.model.buckets import pack_buckets
+from ttrl.cluster.transport import Transport
+from ttrl.config.schema import Recipe
+from ttrl.model.buckets import lent, pack_buckets, unpack
 from ttrl.protocols import RemoteWeights, WeightSource
 from ttrl.types import AdapterSpec, WeightStamp
 
@@ -40,28 +41,32 @@ class Delivery(Protocol):
         ...
 
 
-def delivery(nodes: Cluster) -> Delivery:
-    """As `cluster.transport` says."""
-    wanted, bucket_bytes = nodes.section.transport, nodes.section.bucket_mb << 20
-    if wanted in ("auto", "object_store"):
-        return ObjectStore(nodes, bucket_bytes)
-    if wanted == "gloo":
+def delivery(nodes: Cluster, recipe: Recipe, kind: Transport) -> Delivery:
+    """By `kind`, which `ttrl.cluster.transport` decides."""
+    if kind == "gloo":
         from ttrl.rollout.gloo import Gloo
 
-        return Gloo(nodes, bucket_bytes)
-    raise ConfigError(
-        f"cluster.transport: {wanted} is not connected to rollout workers; use auto, object_store or gloo"
-    )
+        return Gloo(nodes, nodes.section.bucket_mb << 20)
+    if kind == "object_store":
+        return ObjectStore(nodes, nodes.section.bucket_mb << 20)
+    if kind == "shared_memory":
+        from ttrl.rollout.shared import SharedMemory
+
+        return SharedMemory(nodes, nodes.section.bucket_mb << 20)
+    from ttrl.rollout.direct import Direct
+
+    return Direct(nodes, recipe, kind)
 
 
 class ObjectStore:
     """Shared memory within a node, Ray's own transfer between nodes; every worker reads the same copy.
 
-    At most two buckets exist: the next one is packed while the workers load the one before, and stored when they are done.
+    Pieces of half a bucket: one is being loaded, the next one waits, so that no worker ever does, and a third is packed before it
+    goes into the store. That is less than two buckets in all.
     """
 
     def __init__(self, nodes: Cluster, bucket_bytes: int) -> None:
-        self._nodes, self._bucket_bytes = nodes, bucket_bytes
+        self._nodes, self._piece_bytes = nodes, max(1, bucket_bytes // 2)
 
     def send(self, workers: Sequence[Any], source: WeightSource) -> list[Receipt]:
         """Nothing but references passes through this process when the source lives in others."""
@@ -71,27 +76,30 @@ class ObjectStore:
             what = f"sync to version {source.version}"
             found = self._nodes.settle(list(calls.values()), seconds=self._nodes.section.call_seconds, what=what)
             done = dict(zip(calls, found, strict=True))
-            lost.update({i: value for i, value in done.items() if isinstance(value, Lost)})
+            lost.update({i: value for i, value in done.items() if isinstance(value, Lost) and i not in lost})
             return {i: value for i, value in done.items() if i not in lost}
 
+        before: dict[int, Any] = {}
+        """what was asked before the last piece was sent"""
         calls = {
             i: w.begin_load.remote(source.version, dict(source.manifest), source.adapter) for i, w in enumerate(workers)
         }
-        remote = isinstance(source, RemoteWeights)
-        stream: Iterator[Any] = (
-            source.bucket_refs(self._bucket_bytes)
-            if isinstance(source, RemoteWeights)
-            else pack_buckets(iter(source), self._bucket_bytes)
-        )
-        for item in stream:
-            going = settle(calls)
-            if not going:
+        for ref in stored(self._nodes, source, self._piece_bytes):  # made while the workers load the one before
+            before, calls = calls, {i: workers[i].load.remote(ref) for i in calls if i not in lost}
+            del ref  # the object store may forget it as soon as every worker has
+            if not settle(before):
                 break
-            ref = item if remote else self._nodes.put(item)
-            calls = {i: workers[i].load.remote(ref) for i in going}
-            del item, ref  # the object store may forget it as soon as every worker has
         ended = settle({i: workers[i].end_load.remote() for i in settle(calls)}) if len(lost) < len(workers) else {}
         return [lost[i] if i in lost else Arrival(*ended[i]) for i in range(len(workers))]
+
+
+def stored(nodes: Cluster, source: WeightSource, bucket_bytes: int) -> Iterator[Any]:
+    """References to the buckets of a source, each made when it is asked for."""
+    if isinstance(source, RemoteWeights):
+        yield from source.bucket_refs(bucket_bytes)
+    else:
+        for bucket in pack_buckets(iter(source), bucket_bytes, room=lent(bucket_bytes)):
+            yield nodes.put(bucket)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,18 +117,12 @@ class KeptRefs:
         """The source as it is now."""
         if isinstance(source, KeptRefs):
             return source
-        size = nodes.section.bucket_mb << 20
-        refs = (
-            source.bucket_refs(size)
-            if isinstance(source, RemoteWeights)
-            else (nodes.put(bucket) for bucket in pack_buckets(iter(source), size))
-        )
-        return KeptRefs(nodes, source.version, dict(source.manifest), source.adapter, tuple(refs))
+        refs = tuple(stored(nodes, source, nodes.section.bucket_mb << 20))
+        return KeptRefs(nodes, source.version, dict(source.manifest), source.adapter, refs)
 
     def bucket_refs(self, bucket_bytes: int) -> Iterator[Any]:
         """In the size they were stored with."""
         return iter(self.refs)
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        for ref in self.refs:
-            yield from self.nodes.fetch(ref).tensors()
+        yield from unpack(self.nodes.fetch(ref) for ref in self.refs)

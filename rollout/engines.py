@@ -47,7 +47,7 @@ def vllm(
     CPU 1 by default. max_model_len: longest prompt plus completion, default the model's. max_num_seqs: rollouts in flight at
     once. enforce_eager: no compilation and no CUDA graphs; default true on a CPU only. seeds: per_request draws each rollout
     from its own seed; engine leaves it to vLLM, which may be faster and is not reproducible. lora_rank: take LoRA adapters of up
-    to this rank as they are, instead of merged weights. transfer: how GPU trainers send weights (cluster.transport).
+    to this rank as they are, instead of merged weights. transfer: set by ttrl, from cluster.transport.
     """
     from ttrl.rollout.vllm_engine import VLLMEngine
     from ttrl.rollout.vllm_start import RANKS, Options

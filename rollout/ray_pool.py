@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ttrl.cluster import Cluster, Lost
+from ttrl.cluster.transport import DIRECT, transport
 from ttrl.config.schema import Recipe
 from ttrl.errors import ClusterError, EngineError
 from ttrl.model.load import load_tokenizer
@@ -39,10 +40,11 @@ class RayPool:
     """The Pool over `cluster.workers` actors. Used by one thread at a time, except for `keep`."""
 
     def __init__(self, recipe: Recipe, nodes: Cluster) -> None:
+        kind = transport(recipe, on_gpus=nodes.placement.gpus > 0)  # raises before anything is started
         self.tokenizer = load_tokenizer(recipe.model.path)
         self._nodes, self._section = nodes, recipe.cluster
-        self._delivery = delivery(nodes)
-        self._crew = Crew(recipe, nodes)
+        self._delivery = delivery(nodes, recipe, kind)
+        self._crew = Crew(recipe, nodes, {"transfer": kind} if kind in DIRECT else {})
         self._expected = self._crew.traits.weights
         self._held: WeightSource | None = None
         """What a replacement is given; None before the first sync, when it starts with the right weights."""

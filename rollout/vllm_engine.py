@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -51,7 +52,7 @@ class VLLMEngine:
         self.takes_adapters = options.lora_rank is not None
         self._numbers = itertools.count(1)
         self._asleep = False
-        self._fingerprint = Fingerprint()
+        self._fingerprint, self._hasher = Fingerprint(), ThreadPoolExecutor(1, "ttrl-fingerprint")
         if options.transfer is None:
             for name, tensor in self._files:
                 self._fingerprint.update(name, tensor.to(self._dtype))
@@ -208,19 +209,25 @@ class VLLMEngine:
                 self._hand_on(batch)
                 batch = []
         self._hand_on(batch)
+        if lasting and self._adapter is None:
+            self._call("ttrl_let_go")
 
     def _hand_on(self, batch: Sequence[tuple[str, Tensor]]) -> None:
         """To vLLM, or to the adapter that is being collected."""
+        hashed = self._hasher.submit(self._hash, batch)  # beside vLLM, which leaves a core free on most machines
         if self._adapter is not None:
-            self._parts.update((name, tensor.cpu().contiguous()) for name, tensor in batch)
+            self._parts.update((name, tensor.cpu().contiguous().clone()) for name, tensor in batch)
         elif batch:
             rest = [other for name, _ in batch for other in self._extra.pop(name, ())]
             self._call("ttrl_receive", list(batch))
             if rest:
                 self._call("ttrl_receive", [(other, self._files.get(other).to(self._dtype)) for other in rest])
+        hashed.result()
+        self._sent.update(name for name, _ in batch)
+
+    def _hash(self, batch: Sequence[tuple[str, Tensor]]) -> None:
         for name, tensor in batch:
             self._fingerprint.update(name, tensor)
-            self._sent.add(name)
 
     def transfer(self, method: str, argument: dict[str, Any] | None = None) -> None:
         """A step of vLLM's own weight transfer, driven by the trainer (see `vllm_transfer`); stands where `load` would stand."""

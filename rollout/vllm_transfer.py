@@ -1,14 +1,8 @@
-"""Weights from GPU to GPU with vLLM's own transfer back-ends: NCCL between machines, CUDA IPC between processes on one GPU.
+"""The sending side of vLLM's own transfer back-ends: NCCL between GPUs, CUDA IPC between processes on one GPU.
 
-How the two sides meet. Every trainer rank calls `connect` once; every rollout worker holds a VLLMEngine built with the same
-`transfer`. Rank 0 listens at `address:port` and tells the workers to join, through a `Client`. A sync is then:
-
-    pool      engine.begin_load(version, manifest)      on every worker
-    trainer   sender.send_weights()                     on every rank, for it gathers; rank 0 drives
-                start_weight_update, update_weights(names, dtypes, shapes), finish_weight_update -> engine.transfer
-    pool      engine.end_load()                         on every worker: everything announced came, new fingerprint
-
-vLLM packs tensors into buffers of `bucket_bytes`, two of which exist at most. Deadlines are those of the remote calls around it.
+Every trainer rank calls `connect`, and `send_weights()` of what it returns for each sync (`direct.py` says when). Rank 0 tells
+the rollout workers to join and to receive, through a `Client`; each holds a VLLMEngine built with the same `transfer`. NCCL packs
+tensors into two buffers of about `bucket_bytes`, IPC into one.
 """
 
 from __future__ import annotations
@@ -24,6 +18,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactor
 from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
+from ttrl.model.load import DTYPES
 from ttrl.protocols import WeightSource
 
 Call = Callable[[str, Sequence[dict[str, Any] | None]], None]
@@ -35,6 +30,11 @@ class Source(VLLMSource):  # type: ignore[misc]
 
     def __init__(self, current: Callable[[], WeightSource], dtype: torch.dtype, device: torch.device) -> None:
         self._current, self._dtype, self._device = current, dtype, device
+
+    @staticmethod
+    def on_gpu(current: Callable[[], WeightSource], dtype: str) -> Source:
+        """For the GPU of this process."""
+        return Source(current, DTYPES[dtype], torch.device("cuda", torch.cuda.current_device()))
 
     def metadata(self) -> list[ParamMeta]:
         return [ParamMeta(name, self._dtype, tuple(shape)) for name, shape in self._current().manifest.items()]
@@ -49,9 +49,12 @@ class Client:
 
     def __init__(self, call: Call, workers: int, tensor_parallel: int) -> None:
         self._call, self._workers, self._tensor_parallel = call, workers, tensor_parallel
+        self.give_up: Callable[[], None] = lambda: None
+        """Ends the connection. A worker that fails takes no part in the broadcast any more, in which rank 0 waits for it."""
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Each engine numbers its own processes from `rank_offset` on, so each gets another one."""
+        """Each engine numbers its own processes from `rank_offset` on, so each gets another one. What it was part of is left."""
+        self._call("shutdown_weight_transfer_engine", [None] * self._workers)
         infos = [dict(init_info) for _ in range(self._workers)]
         if "rank_offset" in init_info:
             for worker, info in enumerate(infos):
@@ -62,7 +65,11 @@ class Client:
         self._call("start_weight_update", [None] * self._workers)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        self._call("update_weights", [update_info] * self._workers)
+        try:
+            self._call("update_weights", [update_info] * self._workers)
+        except BaseException:
+            self.give_up()
+            raise
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         self._call("finish_weight_update", [None] * self._workers)

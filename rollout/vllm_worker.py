@@ -75,6 +75,7 @@ class Worker:
 
     model_runner: Any
     vllm_config: Any
+    _ttrl_layers: list[Any]
 
     def ttrl_install(self) -> dict[str, list[str]]:
         """Puts the sampler in place; returns vLLM's fused layers, such as qkv_proj -> [q_proj, k_proj, v_proj]."""
@@ -89,8 +90,8 @@ class Worker:
     def ttrl_begin(self) -> None:
         """New weights follow. CPU weights are repacked after loading, so they go through vLLM's layerwise reload."""
         model = self.model_runner.get_model()
-        for layer in model.modules():
-            info = get_layerwise_info(layer)
+        self._ttrl_layers = [get_layerwise_info(layer) for layer in model.modules()]
+        for info in self._ttrl_layers:
             if info.can_load():  # left over from a sync that was not completed
                 info.loaded_weights.clear()
                 info.load_numel = 0
@@ -111,6 +112,14 @@ class Worker:
         if loaded is not None and not loaded:
             raise EngineError(f"weights for {names!r} arrived, but vLLM skipped them")
 
+    def ttrl_let_go(self) -> None:
+        """Copies what vLLM keeps of layers that are not complete: it was lent."""
+        for info in self._ttrl_layers:
+            for _, bound in info.loaded_weights:
+                for name, value in bound.arguments.items():
+                    if isinstance(value, Tensor) and not value.is_meta:
+                        bound.arguments[name] = value.clone()
+
     def ttrl_end(self, finalize: bool) -> None:
         """Everything came: put the layers back into use. Without `finalize`, vLLM's own weight transfer has done that."""
         model = self.model_runner.get_model()
@@ -125,16 +134,22 @@ class Worker:
 
 
 def _repack_tied(model: torch.nn.Module) -> None:
-    """A head tied to the embedding keeps a repacked copy on a CPU, which vLLM's reload leaves as it was."""
-    owners: set[int] = set()
+    """A head tied to the embedding keeps a packed copy on a CPU, which vLLM's reload leaves as it was. The embedding has a new one of
+    the same weights, so both use that."""
+    owners: dict[int, torch.nn.Module] = {}
     for module in model.modules():
         weight, method = module._parameters.get("weight"), getattr(module, "quant_method", None)
         if weight is None or method is None:
             continue
-        if id(weight) in owners:
+        owner = owners.setdefault(id(weight), module)
+        if owner is module:
+            continue
+        packed = vars(owner).get("cpu_linear")
+        if packed is not None and type(owner.quant_method) is type(method):
+            module.cpu_linear = packed
+        else:
             vars(module).pop("_already_called_process_weights_after_loading", None)
             method.process_weights_after_loading(module)
-        owners.add(id(weight))
 
 
 def _digest(tensor: Tensor) -> int:

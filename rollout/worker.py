@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ttrl.config.schema import ModelSection, Plug
-from ttrl.model.buckets import Bucket, Entry
+from ttrl.model.buckets import Bucket, Entry, Unpacker
 from ttrl.protocols import Engine
 from ttrl.registry import build
 from ttrl.types import AdapterSpec, FloatArray, IntArray, Request, Rollout, WeightStamp
@@ -31,6 +31,7 @@ class Worker:
     """A Ray actor. `start` comes first; methods are called one at a time."""
 
     _engine: Engine
+    _unpacker: Unpacker
     _receiver: Receiver
 
     def start(self, plug: Plug, model: ModelSection) -> Traits:
@@ -48,11 +49,25 @@ class Worker:
 
     def begin_load(self, version: int, manifest: Mapping[str, tuple[int, ...]], adapter: AdapterSpec | None) -> None:
         """New weights follow."""
+        self._unpacker = Unpacker()
         self._engine.begin_load(version, manifest, adapter)
 
     def load(self, bucket: Bucket) -> None:
         """Some of them; the bucket lies in the object store and is only read."""
-        self._engine.load(bucket.tensors(), lasting=True)  # the store frees a bucket when the last view of it is gone
+        self._engine.load(
+            self._unpacker.tensors(bucket), lasting=True
+        )  # the store frees a bucket when the last view of it is gone
+
+    def load_shared(self, path: str, seconds: float) -> bool:
+        """All of them, from a sender on this machine (`shared.py`); False when it left."""
+        from ttrl.rollout.shared import receive
+
+        try:
+            for bucket in receive(path, seconds):
+                self._engine.load(self._unpacker.tensors(bucket), lasting=True)
+        except OSError:
+            return False
+        return True
 
     def join(self, address: tuple[str, int], rank: int, size: int, seconds: float) -> bool:
         """Become part of a broadcast group (`gloo.py`); False when it did not come about."""
@@ -70,8 +85,16 @@ class Worker:
             bucket = self._receiver.receive(entries, nbytes)
         except RuntimeError:
             return False
-        self._engine.load(bucket.tensors())
+        self._engine.load(self._unpacker.tensors(bucket), lasting=True)
         return True
+
+    def transfer(self, method: str, argument: dict[str, Any] | None) -> None:
+        """A step of vLLM's own weight transfer, called by a trainer rank (`direct.py`); only engine `vllm` has it."""
+        engine: Any = self._engine
+        engine.transfer(method, argument)
+
+    def ping(self) -> None:
+        """Answers when it is this call's turn."""
 
     def end_load(self) -> tuple[str, WeightStamp]:
         """(fingerprint of what arrived, stamp of what the engine now says it holds)."""

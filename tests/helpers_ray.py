@@ -87,6 +87,9 @@ class Moody(HFEngine):
         self._moods.look("score")
         return super().score(token_ids)
 
+    def transfer(self, method, argument):
+        self._moods.look("transfer")
+
     def release(self):
         self._moods.look("release")
 '''

@@ -52,7 +52,7 @@ def free_port() -> int:
         (["cluster.address=ray://127.0.0.1:{port}"], "is not HOST:PORT of a Ray head node"),
         (["cluster.address=local", "cluster.workers=3", "model.device=cuda"], "need 3 GPUs, this machine has 0"),
         (["cluster.address=local", "model.device=cuda:1"], "cannot be chosen with cluster.backend: ray"),
-        (["cluster.transport=nccl"], "use auto, object_store or gloo"),
+        (["cluster.transport=nccl", "model.device=cpu"], "transport: nccl needs GPUs, and there are none"),
     ],
 )
 def test_a_cluster_that_cannot_be_had_is_a_mistake_of_the_recipe(tmp_path, changes, message):

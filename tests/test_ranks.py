@@ -16,7 +16,8 @@ from helpers_torch import largest_difference, samples, trainer, weights_of
 from ttrl.cluster import Cluster, Lost, connect
 from ttrl.config.schema import Recipe
 from ttrl.errors import ClusterError, StopRequested
-from ttrl.model.buckets import pack_buckets
+from ttrl.model.buckets import pack_buckets, unpack
+from ttrl.model.outlet import DirectWeights
 from ttrl.model.weights import Intake
 from ttrl.protocols import RemoteWeights
 from ttrl.trainers.backends import TrainerSetup
@@ -107,7 +108,8 @@ def test_ranks_train_send_weights_save_and_export_as_one_trainer(
         assert (got.grad_norm, got.lr, got.updates) == (pytest.approx(want.grad_norm, rel=2e-5), want.lr, want.updates)
     expected = weights_of(one)
     source = two.weights()
-    assert isinstance(source, RemoteWeights) and source.version == two.version == 2
+    assert isinstance(source, RemoteWeights) and isinstance(source, DirectWeights)
+    assert source.version == two.version == 2
     assert dict(source.manifest) == {name: tuple(tensor.shape) for name, tensor in expected.items()}
     intake = Intake(source.version, source.manifest)
     arrived = {name: tensor.clone() for name, tensor in intake.take(iter(source))}
@@ -118,14 +120,29 @@ def test_ranks_train_send_weights_save_and_export_as_one_trainer(
     twins = list(pack_buckets(iter(arrived.items()), 8192))
     assert len(small) == len(twins) > 4
     for bucket, twin in zip(small, twins, strict=True):
-        assert bucket.entries == twin.entries and all(b.nbytes <= 8192 for b in (bucket.data,))
-        assert all(torch.equal(a, b) for (_, a), (_, b) in zip(bucket.tensors(), twin.tensors(), strict=True))
+        assert bucket.entries == twin.entries and bucket.data.nbytes <= 8192
+    assert all(torch.equal(tensor, arrived[name]) for name, tensor in unpack(small))
+    # A sender works in all ranks, and finds there what it left before
+    marks = tmp_path / "marks"
+    marks.mkdir()
+
+    def work(outlet: Any) -> None:
+        found = [name for name, _ in outlet.weights()]
+        outlet.kept = (outlet.kept or 0) + len(found)
+        (marks / f"{outlet.rank}-{outlet.kept}").touch()
+
+    for _ in range(2):
+        source.send(work, "sending")
+    count = len(expected)
+    assert sorted(mark.name for mark in marks.iterdir()) == sorted(f"{r}-{n * count}" for r in (0, 1) for n in (1, 2))
     text = np.arange(3, 20, dtype=np.int32)
     np.testing.assert_allclose(two.score(text), one.score(text), atol=1e-4)
     two.save(tmp_path)
     after = two.step(2, [batches(2)])
     with pytest.raises(ClusterError, match="weights of version 2 are gone: the trainer is at 3"):
         list(source)
+    with pytest.raises(ClusterError, match="weights of version 2 are gone"):
+        source.send(work, "sending")
     two.load(tmp_path)
     assert two.version == 2
     assert two.step(2, [batches(2)]) == after

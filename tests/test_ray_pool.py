@@ -24,10 +24,12 @@ from ttrl.model.weights import NamedTensors
 from ttrl.prompts import tokenize
 from ttrl.registry import build
 from ttrl.rollout.delivery import ObjectStore
+from ttrl.rollout.direct import WorkerCalls
 from ttrl.rollout.flat import FlatSampler
 from ttrl.rollout.gloo import Gloo
 from ttrl.rollout.pool import LocalPool
 from ttrl.rollout.ray_pool import RayPool
+from ttrl.rollout.shared import SharedMemory
 from ttrl.setup import check_recipe
 from ttrl.types import Request, SamplingSpec
 
@@ -193,7 +195,7 @@ def test_a_lost_worker_is_replaced_with_the_weights_of_the_last_sync(pair, order
     assert pair.pool.events() == {"cluster/replaced": 0.0}
 
 
-@pytest.mark.parametrize("transport", [ObjectStore, Gloo])
+@pytest.mark.parametrize("transport", [SharedMemory, ObjectStore, Gloo])
 def test_a_worker_that_dies_over_a_sync_is_replaced_and_gets_all_of_it(pair, cluster, monkeypatch, transport):
     monkeypatch.setattr(pair.pool, "_delivery", transport(cluster, 1 << 20))
     pair.sync()
@@ -204,6 +206,23 @@ def test_a_worker_that_dies_over_a_sync_is_replaced_and_gets_all_of_it(pair, clu
     assert pair.pool.events() == {"cluster/replaced": 1.0}
     pair.sync()
     assert pair.agree()
+
+
+def test_calls_of_a_trainer_rank_say_what_became_of_a_worker(pair):
+    """Rank 0 speaks to the workers itself when weights go from GPU to GPU (`direct.py`)."""
+    calls = WorkerCalls(tuple(pair.pool._crew.handles), 20.0)
+    calls("anything", [None, {}])
+    pair.order("raise transfer")
+    with pytest.raises(EngineError, match=r"^this engine is broken$"):
+        calls("update_weights", [None, None])
+    pair.order("nap transfer")
+    with pytest.raises(EngineError, match=r"update_weights: rollout worker \d did not answer within 0.5 s"):
+        WorkerCalls(calls.workers, 0.5)("update_weights", [None, None])
+    pair.order("die transfer")
+    with pytest.raises(EngineError, match=r"finish_weight_update: rollout worker \d died"):
+        calls("finish_weight_update", [None, None])
+    assert obeyed(pair.folder)
+    assert pair.agree()  # the next call finds the dead one
 
 
 def test_a_used_up_budget_ends_in_an_error_with_the_last_words(pair, monkeypatch):

@@ -104,32 +104,39 @@ class Nodes:
         return [Lost("it", "died") if ref in self._lose else done for ref in refs]
 
 
-def three_tensors() -> NamedTensors:
-    named = {name: torch.full((4,), float(i)) for i, name in enumerate("abc")}
+def tensors(count: int) -> NamedTensors:
+    """Each fills a piece of half a bucket of 32 bytes."""
+    named = {name: torch.full((4,), float(i)) for i, name in enumerate("abcdef"[:count])}
     return NamedTensors(1, dict.fromkeys(named, (4,)), lambda: iter(named.items()))
 
 
-def test_a_bucket_is_stored_only_after_the_one_before_was_loaded_everywhere():
+def sent(nodes: Nodes, count: int) -> list[Any]:
+    cluster: Any = nodes
+    return ObjectStore(cluster, bucket_bytes=32).send([Handle(nodes, 0), Handle(nodes, 1)], tensors(count))
+
+
+def test_a_piece_waits_while_one_is_loaded_and_no_more_than_two_are_stored():
     nodes = Nodes()
-    received = ObjectStore(nodes, bucket_bytes=16).send([Handle(nodes, 0), Handle(nodes, 1)], three_tensors())  # type: ignore[arg-type]
-    assert [type(item) for item in received] == [Arrival, Arrival]
-    for bucket in (1, 2):
-        stored = nodes.events.index(f"put {bucket}")
-        for worker in (0, 1):
-            assert nodes.events.index(f"ack: load bucket {bucket - 1} on {worker}") < stored
-    assert nodes.events.index("end_load  on 0") > nodes.events.index("ack: load bucket 2 on 1")
+    assert [type(item) for item in sent(nodes, 4)] == [Arrival, Arrival]
+    at = nodes.events.index
+    for worker in (0, 1):
+        for piece in (2, 3):
+            assert at(f"ack: load bucket {piece - 2} on {worker}") < at(f"put {piece}")
+        for piece in (1, 2, 3):  # it is there before the one before is done
+            assert at(f"load bucket {piece} on {worker}") < at(f"ack: load bucket {piece - 1} on {worker}")
+        assert at(f"ack: load bucket 3 on {worker}") < at(f"end_load  on {worker}")
 
 
-def test_a_worker_lost_over_a_bucket_gets_no_more_and_the_others_get_all():
-    nodes = Nodes("load bucket 1 on 0")
-    received = ObjectStore(nodes, bucket_bytes=16).send([Handle(nodes, 0), Handle(nodes, 1)], three_tensors())  # type: ignore[arg-type]
-    assert [type(item) for item in received] == [Lost, Arrival]
-    assert "load bucket 2 on 1" in nodes.events and "end_load  on 1" in nodes.events
-    assert "load bucket 2 on 0" not in nodes.events and "end_load  on 0" not in nodes.events
-    both = Nodes("load bucket 0 on 0", "load bucket 0 on 1")
-    received = ObjectStore(both, bucket_bytes=16).send([Handle(both, 0), Handle(both, 1)], three_tensors())  # type: ignore[arg-type]
-    assert [type(item) for item in received] == [Lost, Lost]
-    assert "put 1" not in both.events
+def test_a_worker_lost_over_a_piece_gets_no_more_and_the_others_get_all():
+    nodes = Nodes("load bucket 1 on 0", "load bucket 2 on 0")  # the next one was on its way
+    assert [type(item) for item in sent(nodes, 4)] == [Lost, Arrival]
+    assert "load bucket 3 on 1" in nodes.events and "end_load  on 1" in nodes.events
+    assert "load bucket 3 on 0" not in nodes.events and "end_load  on 0" not in nodes.events
+    both = Nodes(*(f"load bucket {piece} on {worker}" for piece in range(4) for worker in (0, 1)))
+    assert [type(item) for item in sent(both, 4)] == [Lost, Lost]
+    assert "put 2" not in both.events
+    early = Nodes("begin_load  on 0", "load bucket 0 on 0")
+    assert [type(item) for item in sent(early, 1)] == [Lost, Arrival]
 
 
 def section(**fields: Any) -> ClusterSection:

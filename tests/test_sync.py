@@ -11,8 +11,8 @@ import torch
 from helpers_torch import one_update, prompt, samples, section, trainer
 
 from ttrl.errors import EngineError
-from ttrl.model.buckets import KeptWeights, pack_buckets
-from ttrl.model.weights import NamedTensors, load_weights
+from ttrl.model.buckets import KeptWeights, lent, pack_buckets, unpack
+from ttrl.model.weights import Intake, NamedTensors, load_weights
 from ttrl.protocols import WeightSource
 from ttrl.rollout.hf import HFEngine
 from ttrl.rollout.pool import LocalPool
@@ -155,14 +155,38 @@ def test_buckets_hold_what_was_put_in(size: int) -> None:
         "d": torch.arange(11), "e": torch.randn(5, 3, generator=generator).T, "f": torch.tensor(2.5),
     }  # fmt: skip
     buckets = list(pack_buckets(tensors.items(), size))
-    assert all(len(b.entries) == 1 or b.data.nbytes <= size for b in buckets)
-    if size == 10**6:
-        assert len(buckets) == 1
-    found = {name: tensor.clone() for bucket in buckets for name, tensor in bucket.tensors()}
-    assert found.keys() == tensors.keys()
-    for name, tensor in tensors.items():
-        assert found[name].dtype == tensor.dtype
-        assert torch.equal(found[name], tensor)
+    assert all(b.data.nbytes <= size for b in buckets)
+    assert [len(buckets) == 1, len(buckets) > 100] == [size >= 1000, size == 1]
+    kept = dict(unpack(buckets))
+    copied = {name: tensor.clone() for name, tensor in unpack(pack_buckets(tensors.items(), size, room=lent(size)))}
+    for found in (kept, copied):
+        assert list(found) == list(tensors)
+        for name, tensor in tensors.items():
+            assert found[name].dtype == tensor.dtype
+            assert torch.equal(found[name], tensor)
+
+
+def test_a_tensor_that_is_cut_is_whole_or_missed() -> None:
+    """Only tensors that are larger than a bucket are cut; a part that did not come is noticed at once, or by the manifest."""
+    tensors = {"a": torch.arange(3.0), "b": torch.arange(10.0), "c": torch.arange(2.0)}
+    buckets = list(pack_buckets(tensors.items(), 16))
+    assert [[(e.name, e.offset, e.nbytes) for e in bucket.entries] for bucket in buckets] == [
+        [("a", 0, 12)], [("b", 0, 16)], [("b", 16, 16)], [("b", 32, 8)], [("c", 0, 8)],
+    ]  # fmt: skip
+    for lost in (1, 2):
+        with pytest.raises(EngineError, match="'b' arrived in parts, of which one is missing"):
+            list(unpack(buckets[:lost] + buckets[lost + 1 :]))
+    intake = Intake(1, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    assert [name for name, _ in intake.take(unpack(buckets[:3] + buckets[4:]))] == ["a", "c"]
+    with pytest.raises(EngineError, match=r"1 of 3 tensors did not arrive \(b\)"):
+        intake.finish()
+
+
+def test_memory_is_used_again_only_when_asked_for() -> None:
+    for reuse in (False, True):
+        buckets = pack_buckets(((n, torch.full((4,), float(n))) for n in "12"), 16, room=lent(16) if reuse else None)
+        first, second = next(buckets), next(buckets)
+        assert np.shares_memory(first.data, second.data) == reuse
 
 
 def test_a_bucket_is_not_changed_by_what_the_sender_does_next() -> None:

@@ -22,7 +22,8 @@ from scipy.stats import chisquare
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ttrl.errors import ConfigError, EngineError, StopRequested
-from ttrl.model.weights import NamedTensors, load_weights
+from ttrl.model.buckets import Unpacker, lent, pack_buckets
+from ttrl.model.weights import Fingerprint, NamedTensors, load_weights
 from ttrl.rollout.engines import hf, vllm
 from ttrl.rollout.pool import LocalPool
 from ttrl.rollout.tree import TreeSampler
@@ -379,6 +380,26 @@ def test_adapters_arrive_as_they_are_and_replace_each_other(folder: Path) -> Non
         load_weights(engine, ours.weights())
     with pytest.raises(EngineError, match="adapter of rank 8 came to a vLLM engine with lora_rank: 4"):
         load_weights(engine, trainer(folder, parameters=LoRA(rank=8, targets=["q_proj"])).weights(adapter=True))
+
+
+def test_nothing_of_a_bucket_is_kept_when_it_was_loaded(engine: Any) -> None:
+    """Its memory is used again for the next one, in the middle of vLLM's fused layers and of tensors that are cut."""
+    other = tiny_llama(1, hidden_size=128, head_dim=32)
+    for bucket_bytes in (1 << 12, 1 << 16):
+        weights, unpacker = source(other, 1), Unpacker()
+        engine.begin_load(1, weights.manifest)
+        for bucket in pack_buckets(iter(weights), bucket_bytes, room=lent(bucket_bytes)):
+            engine.load(unpacker.tensors(bucket), lasting=True)
+            bucket.data.fill(0x3F)
+        assert engine.end_load() == expected_print(other)
+        np.testing.assert_allclose(engine.score(text(64)), scored(other, text(64)), **CLOSE)
+
+
+def expected_print(model: PreTrainedModel) -> str:
+    found = Fingerprint()
+    for name, tensor in model.named_parameters():
+        found.update(name, tensor)
+    return found.value()
 
 
 def memory_backend(store: dict[str, torch.Tensor]) -> None:

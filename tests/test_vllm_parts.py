@@ -188,3 +188,8 @@ def test_weights_reach_vllm_between_begin_and_end(fake, tiny_model_dir: Path) ->
     below.calls = []
     load_weights(engine, whole(tiny_model_dir, 2))
     assert below.calls == [("ttrl_begin",), ("ttrl_receive", *names), ("ttrl_end", True)]
+    below.calls = []
+    engine.begin_load(3, dict(whole(tiny_model_dir, 3).manifest))
+    engine.load(iter(whole(tiny_model_dir, 3)), lasting=True)
+    engine.end_load()
+    assert below.calls == [("ttrl_begin",), ("ttrl_receive", *names), ("ttrl_let_go",), ("ttrl_end", True)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from ttrl.types import AdapterSpec, FloatArray, IntArray, PackedBatch
 
 if TYPE_CHECKING:
     from ttrl.model.buckets import Bucket
+    from ttrl.model.outlet import Outlet
     from ttrl.trainers.deepspeed_backend import DeepSpeedTrainer
     from ttrl.trainers.process_group import Place
     from ttrl.trainers.rankstep import RankStep
@@ -27,6 +28,7 @@ class RankActor:
         self._place: Place | None = None
         self._buckets: Iterator[Bucket | None] = iter(())
         self._teaching = ExitStack()
+        self._outlet: Outlet | None = None
 
     def address(self) -> str:
         """Of this node, as the cluster knows it."""
@@ -63,11 +65,14 @@ class RankActor:
 
     def begin(self, bucket_bytes: int, *, adapter: bool) -> None:
         """The next `bucket` is the first one."""
-        from ttrl.model.buckets import follow_buckets, pack_buckets
+        from ttrl.model.buckets import follow_buckets, lent, pack_buckets
 
         assert self._place is not None
         tensors = iter(self._ours.weights(adapter=adapter))
-        self._buckets = (pack_buckets if self._place.rank == 0 else follow_buckets)(tensors, bucket_bytes)
+        if self._place.rank == 0:  # a bucket is in the object store before the next one is asked for
+            self._buckets = pack_buckets(tensors, bucket_bytes, room=lent(bucket_bytes))
+        else:
+            self._buckets = follow_buckets(tensors, bucket_bytes)
 
     def bucket(self) -> tuple[Bucket | None, bool]:
         """(the next bucket on rank 0, whether there was one): two results, of which the second is small."""
@@ -75,6 +80,15 @@ class RankActor:
             return next(self._buckets), True
         except StopIteration:
             return None, False
+
+    def outlet(self, work: Callable[[Outlet], None]) -> None:
+        """Run a sender here."""
+        from ttrl.model.outlet import Outlet
+
+        if self._outlet is None:
+            assert self._place is not None
+            self._outlet = Outlet(rank=self._place.rank, weights=self._ours.weights)
+        work(self._outlet)
 
     def score(self, token_ids: IntArray) -> FloatArray:
         return self._ours.score(token_ids)

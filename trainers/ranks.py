@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,8 @@ from torch import Tensor
 
 from ttrl.cluster import Cluster, Lost
 from ttrl.errors import ClusterError, TtrlError
+from ttrl.model.buckets import unpack
+from ttrl.model.outlet import Outlet
 from ttrl.protocols import WeightSource
 from ttrl.trainers.dealing import computed_tokens, deal
 from ttrl.trainers.dsconfig import DEFAULT_STAGE
@@ -104,6 +106,10 @@ class RankGroup:
             del made
             yield bucket
             del bucket
+
+    def send(self, work: Callable[[Outlet], None], what: str) -> None:
+        """`work` on every rank."""
+        self._results([actor.outlet.remote(work) for actor in self._running(what)], self._seconds, what)
 
     def fetch(self, ref: Any) -> Any:
         """A bucket into this process."""
@@ -230,12 +236,20 @@ class RankWeights:
 
     def bucket_refs(self, bucket_bytes: int) -> Iterator[Any]:
         """References to buckets in the object store. Raises ClusterError when training went on since this source was made."""
+        self._check_version()
+        return self._group.bucket_refs(bucket_bytes, adapter=self.adapter is not None)
+
+    def send(self, work: Callable[[Outlet], None], what: str) -> None:
+        """As `DirectWeights`; for whole weights, not adapters."""
+        assert self.adapter is None
+        self._check_version()
+        self._group.send(work, what)
+
+    def _check_version(self) -> None:
         if self._group.version != self.version:
             raise ClusterError(
                 f"the weights of version {self.version} are gone: the trainer is at {self._group.version}"
             )
-        return self._group.bucket_refs(bucket_bytes, adapter=self.adapter is not None)
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        for ref in self.bucket_refs(self._bytes):
-            yield from self._group.fetch(ref).tensors()
+        yield from unpack(self._group.fetch(ref) for ref in self.bucket_refs(self._bytes))

@@ -162,8 +162,8 @@ class Engine(Protocol):
         ...
 
     def load(self, tensors: Iterable[tuple[str, torch.Tensor]], *, lasting: bool = False) -> None:
-        """Some of the tensors. They are only borrowed until the next one is asked for, unless they are `lasting`: then nobody
-        changes them as long as somebody holds them. Raises EngineError on unknown names and wrong shapes."""
+        """Some of the tensors. Each is only lent until the next one is asked for, or, if they are `lasting`, until this call ends.
+        Raises EngineError on unknown names and wrong shapes."""
         ...
 
     def end_load(self) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ttrl.cluster import Cluster, check_cluster, connect
+from ttrl.cluster.transport import check_transport
 from ttrl.config.schema import Plug, PromptSet, Recipe
 from ttrl.errors import ConfigError
 from ttrl.evaluate.evaluator import Evaluator, check_labels
@@ -141,6 +142,7 @@ def check_recipe(recipe: Recipe) -> Checked:
     attempt(lambda: build_guards(recipe))
     attempt(lambda: check_sinks(recipe))
     attempt(lambda: check_cluster(recipe.cluster))
+    attempt(lambda: check_transport(recipe))
     if reward is not None and recipe.rollout.votes_per_prompt < reward.min_votes:
         problems.append(
             f"rollout.votes_per_prompt is {recipe.rollout.votes_per_prompt}, but the reward needs at least {reward.min_votes}"

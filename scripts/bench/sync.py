@@ -68,21 +68,21 @@ def store_peak() -> Iterator[list[int]]:
     thread.join()
 
 
-def resident(pid: int) -> int:
-    """Private resident bytes now: pages of the object store, which all processes share, are not counted twice."""
+def resident(pid: int, kind: str = "RssAnon") -> int:
+    """Bytes of a process that are in memory now: private ones, or, with RssShmem, those it shares with others."""
     status = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon:"))
+    return next(int(line.split()[1]) * 1024 for line in status if line.startswith(f"{kind}:"))
 
 
 @contextmanager
-def private_peak(pids: list[int]) -> Iterator[list[int]]:
-    """Growth of each process's private memory at most, polled every 5 ms."""
-    start, found, done = [resident(pid) for pid in pids], [0] * len(pids), threading.Event()
+def peaks(*watched: tuple[int, str]) -> Iterator[list[int]]:
+    """Growth of each (pid, kind of memory) at most, polled every 5 ms."""
+    start, found, done = [resident(*which) for which in watched], [0] * len(watched), threading.Event()
 
     def poll() -> None:
         while not done.wait(0.005):
-            for i, pid in enumerate(pids):
-                found[i] = max(found[i], resident(pid) - start[i])
+            for i, which in enumerate(watched):
+                found[i] = max(found[i], resident(*which) - start[i])
 
     thread = threading.Thread(target=poll, daemon=True)
     thread.start()
@@ -102,19 +102,20 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--bucket-mb", type=int, default=64)
     parser.add_argument("--model", type=Path)
+    parser.add_argument("--transport", default="auto", help="cluster.transport")
     parser.add_argument("--tiny", action="store_true", help="two layers, to see that the script works")
     call = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         path = call.model or random_model(Path(folder), TINY if call.tiny else SMOLLM2)
-        measure(path, call.repeats, call.bucket_mb)
+        measure(path, call.repeats, call.bucket_mb, call.transport)
 
 
-def measure(path: Path, repeats: int, bucket_mb: int) -> None:
+def measure(path: Path, repeats: int, bucket_mb: int, transport: str) -> None:
     recipe = load_recipe(
         "quickstart",
         [
             f"model.path={path}", "cluster.backend=ray", "cluster.address=local", f"cluster.bucket_mb={bucket_mb}",
-            "rollout.engine.use=vllm", "rollout.engine.with.kv_cache_gib=0.25", "rollout.engine.with.max_model_len=256",
+            f"cluster.transport={transport}", "rollout.engine.use=vllm", "rollout.engine.with.kv_cache_gib=0.25", "rollout.engine.with.max_model_len=256",
         ],
     )  # fmt: skip
     nodes = connect(recipe.cluster, lambda: None, ranks=0, device="cpu")
@@ -141,7 +142,8 @@ def measure(path: Path, repeats: int, bucket_mb: int) -> None:
         for work in (reload, sync):
             work()
         pairs = [(seconds(reload), seconds(sync)) for _ in range(repeats)]
-        with store_peak() as store, private_peak([os.getpid(), worker]) as grown:
+        own_pid = os.getpid()
+        with store_peak() as store, peaks((own_pid, "RssShmem"), (own_pid, "RssAnon"), (worker, "RssAnon")) as grown:
             sync()
     finally:
         nodes.close()
@@ -151,8 +153,9 @@ def measure(path: Path, repeats: int, bucket_mb: int) -> None:
     print(f"  B  sync to a worker process         {ours:.3f} s")
     ratios = sorted(b / a for a, b in pairs)
     print(f"  B / A                               {ours / base:.2f}   (pairs: {ratios[0]:.2f} to {ratios[-1]:.2f})")
-    print(f"  object store at most                {store[0] / MIB:.0f} MiB = {store[0] / MIB / bucket_mb:.2f} buckets")
-    print(f"  private memory, sender and receiver {grown[0] / MIB:.0f} MiB, {grown[1] / MIB:.0f} MiB above before")
+    crossing = max(store[0], grown[0])
+    print(f"  shared memory at most               {crossing / MIB:.0f} MiB = {crossing / MIB / bucket_mb:.2f} buckets")
+    print(f"  private memory, sender and receiver {grown[1] / MIB:.0f} MiB, {grown[2] / MIB:.0f} MiB above before")
 
 
 if __name__ == "__main__":

@@ -125,6 +125,17 @@ class Cluster:
         self._actors.pop(handle._actor_id.hex(), None)
         ray.kill(handle, no_restart=True)
 
+    def node_of(self, handle: Any) -> str:
+        """The node an actor is on, or, for None, this process; empty when it cannot be said."""
+        import ray
+
+        if handle is None:
+            return str(ray.get_runtime_context().get_node_id())
+        actor = self._actors.get(handle._actor_id.hex())
+        with contextlib.suppress(ray.exceptions.RayError):
+            return str(ray.get(actor.place, timeout=CLOSE_SECONDS)[0]) if actor is not None else ""
+        return ""
+
     def put(self, value: Any) -> Any:
         """A reference to a copy in the object store."""
         import ray

@@ -43,10 +43,6 @@ def check_cluster(section: ClusterSection) -> None:
     if section.backend == "ray":
         if find_spec("ray") is None:
             raise ConfigError("cluster.backend: ray needs the package ray: pip install 'ttrl[cluster]'")
-        if section.transport in ("nccl", "ipc"):
-            raise ConfigError(
-                f"cluster.transport: {section.transport} is not connected to rollout workers yet; use auto, object_store or gloo"
-            )
         if section.address not in ("auto", "local"):
             parse_address(section.address)
 
@@ -211,7 +207,7 @@ def _start(placement: Placement, gpus: int, *, dashboard: bool) -> Path:
             ray.init(
                 address="local", num_cpus=max(os.cpu_count() or 1, math.ceil(placement.cpus)), num_gpus=gpus,
                 include_dashboard=dashboard, dashboard_host="127.0.0.1", _node_ip_address="127.0.0.1", _temp_dir=str(folder),
-                log_to_driver=False, logging_level=logging.ERROR,
+                log_to_driver=False, logging_level=logging.ERROR, _system_config={"free_objects_batch_size": 1},
             )  # fmt: skip
     except (ConnectionError, RuntimeError, TimeoutError) as error:
         raise ClusterError(f"Ray could not start on this machine: {error}; its logs are in {folder}") from error

@@ -172,8 +172,10 @@ class ClusterSection(Section):
     workers: Positive = Field(1, description="rollout workers, each with an engine")
     ranks: Positive = Field(1, description="data-parallel trainer ranks (backend deepspeed)")
     cpus_per_actor: Annotated[float, Strict(), Field(gt=0.0)] = 1.0
-    transport: Literal["auto", "object_store", "gloo", "nccl", "ipc"] = Field(
-        "auto", description="how weights reach the workers; auto: object_store (shared memory within a machine) on CPU"
+    transport: Literal["auto", "shared_memory", "object_store", "gloo", "nccl", "ipc"] = Field(
+        "auto",
+        description="how weights reach the workers; auto: on CPU shared_memory, and object_store between machines; on GPU ipc when "
+        "colocated and nccl when split, if the recipe allows it (docs/cluster.md)",
     )
     bucket_mb: Positive = Field(256, description="weights in flight at once; two buckets exist at most")
     start_seconds: Positive = Field(600, description="deadline of starting a worker or rank, model load included")
