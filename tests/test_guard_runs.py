@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -30,10 +32,13 @@ def guard(**options: Any) -> str:
     return f"guards=[{{use: sentinel, with: {json.dumps({'snapshot_every': 1, 'lr_factor': 0.01, **options})}}}]"
 
 
-def go(folder: Path, *changes: str, resume: bool = False) -> tuple[str, dict[str, Any], list[dict[str, Any]]]:
-    """Status, summary without costs, rows of metrics without times."""
+def go(
+    folder: Path, *changes: str, resume: bool = False, report: bool = False
+) -> tuple[str, dict[str, Any], list[dict[str, Any]]]:
+    """Status, summary without costs, rows of metrics without times. A report takes longer to draw than the run, so only one has it."""
     recipe = load_recipe("quickstart", [*SMALL, *changes, f"output={json.dumps(str(folder))}"])
-    outcome = run(recipe, resume=resume, console=Console(quiet=True))
+    with nullcontext() if report else patch("ttrl.run.write_report"):
+        outcome = run(recipe, resume=resume, console=Console(quiet=True))
     summary = json.loads((folder / "summary.json").read_text())
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for cost in ("seconds", "peak_memory_mb"):
@@ -57,7 +62,7 @@ def events(rows: Sequence[dict[str, Any]]) -> list[tuple[int, str]]:
 @pytest.fixture(scope="module")
 def rolled_back(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, dict[str, Any], list[dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("guarded") / "run"
-    return folder, *go(folder, guard(), HOT)
+    return folder, *go(folder, guard(), HOT, report=True)
 
 
 def test_a_destructive_update_is_taken_back_before_anybody_samples_from_it(rolled_back) -> None:
@@ -94,7 +99,7 @@ def test_the_model_handed_over_is_the_one_that_was_evaluated(rolled_back) -> Non
     assert "<td>update_drop</td>" in report
 
 
-@pytest.mark.parametrize("kill", ["inspect", "snapshot"])
+@pytest.mark.parametrize("kill", [pytest.param("inspect", marks=pytest.mark.slow), "snapshot"])
 def test_a_crash_around_a_rollback_is_made_up_for_bit_for_bit(rolled_back, tmp_path, monkeypatch, kill) -> None:
     folder, *whole = rolled_back
 
@@ -104,13 +109,15 @@ def test_a_crash_around_a_rollback_is_made_up_for_bit_for_bit(rolled_back, tmp_p
     from ttrl.guards.keeper import Keeper
     from ttrl.guards.snapshots import SnapshotStore
 
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as planted:
         if kill == "inspect":  # after the alarm, before the step was written down
             original = Keeper.inspect
-            patch.setattr(Keeper, "inspect", lambda *a: (original(*a), crash())[1])
+            planted.setattr(Keeper, "inspect", lambda *a: (original(*a), crash())[1])
         else:
             saved = SnapshotStore.save
-            patch.setattr(SnapshotStore, "save", lambda self, step, *a: crash() if step == 2 else saved(self, step, *a))
+            planted.setattr(
+                SnapshotStore, "save", lambda self, step, *a: crash() if step == 2 else saved(self, step, *a)
+            )
         with pytest.raises(OSError, match="No space"):
             go(tmp_path / "run", guard(), HOT)
     assert go(tmp_path / "run", guard(), HOT, resume=True) == tuple(whole)
@@ -161,13 +168,10 @@ def test_when_rollbacks_are_used_up_the_run_stops_with_the_start_model(tmp_path,
 def test_a_guard_that_only_warns_changes_nothing_and_labels_play_no_part(tmp_path) -> None:
     changes = ("steps=2", HOT, "checkpoint.every=0")
     plain = go(tmp_path / "plain", *changes)
-    warned = go(tmp_path / "warned", guard(action="warn"), *changes)
-    blind = go(tmp_path / "blind", guard(action="warn"), *changes, "eval.labels=null")
+    warned = go(tmp_path / "warned", guard(action="warn"), *changes, "eval.labels=null")
     assert any("ALARM" in event for _, event in events(warned[2]))
-    assert warned[2] == blind[2]
     assert [{k: v for k, v in row.items() if not k.startswith("guard")} for row in warned[2]] == plain[2]
-    models = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("plain", "warned", "blind")]
-    assert same(models[0], models[1]) and same(models[0], models[2])
+    assert same(*(tensors(tmp_path / name / "model" / "model.safetensors") for name in ("plain", "warned")))
     assert warned[1]["guards"]["model_after_steps"] is None
     assert plain[1]["guards"] is None
     assert not (tmp_path / "warned" / "checkpoints" / "healthy").exists()
@@ -181,7 +185,7 @@ def test_lower_lr_keeps_the_weights_and_abstain_freezes_prompts(tmp_path) -> Non
     assert "the learning rate is now x0.5" in events(rows)[0][1]
     _, summary, rows = go(tmp_path / "abstain", guard(action="abstain"), HOT, *changes)
     assert rows[0]["guard/frozen"] > 0
-    assert rows[1]["dropped/frozen"] > 0
+    assert rows[1]["dropped/frozen"] >= rows[0]["guard/frozen"]  # all prompts come in every step
     assert summary["guards"]["actions"] >= 1
 
 
@@ -204,8 +208,8 @@ def test_a_stop_by_the_user_exports_what_can_be_trusted_and_goes_on_where_it_was
             raise StopRequested("stopped by SIGINT")
         original(parts, flow, journal, progress)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(ttrl.loop, "one_step", stopping)
+    with monkeypatch.context() as planted:
+        planted.setattr(ttrl.loop, "one_step", stopping)
         assert go(tmp_path / "run", guard(), HOT)[0] == "stopped"
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
     assert go(tmp_path / "run", guard(), HOT, resume=True) == tuple(whole)

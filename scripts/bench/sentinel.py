@@ -5,8 +5,8 @@
     python scripts/bench/sentinel.py overhead [--steps 6]
     python scripts/bench/sentinel.py table --results FILE
 
-Runs that stand in FILE (JSON lines) are not made again, so the work can be done in pieces of S seconds. Small settings: 32 prompts,
-of which 16 x 8 votes per step, 6 steps, 8 samples per prompt and evaluation. Labels are used to report, nowhere else.
+Runs that stand in FILE (JSON lines) are not made again, so the work can be done in pieces of S seconds. Small settings: 24 prompts,
+of which 12 x 16 votes per step, 6 steps, 16 samples per prompt and evaluation. Labels are used to report, nowhere else.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ttrl.config import load_recipe
 from ttrl.run import run
 
 SMALL = (
-    "data.limit=32", "data.prompts_per_step=16", "rollout.votes_per_prompt=8", "eval.samples=8", "eval.k=[1]",
+    "data.limit=24", "data.prompts_per_step=12", "rollout.votes_per_prompt=16", "eval.samples=16", "eval.k=[1]",
     "eval.heldout=null", "checkpoint.every=0", "log.groups_per_step=0",
 )  # fmt: skip
 GUARD = "guards=[{use: sentinel, with: {action: rollback, snapshot_every: 2}}]"

@@ -118,7 +118,7 @@ class Keeper:
                 judged[name] = guard.judge(view)
         self._held.level = max(self._held.level, *(judgement.level for judgement in judged.values()))
         self._held.score = next((j.score for j in judged.values() if j.score is not None), None)
-        self._thaw(scored, judged)
+        self._thaw(scored)
         if self._held.level is Level.OK and self._is_due(step):
             self._snapshot(step)
         return self._decide(step, judged, metrics)
@@ -291,11 +291,11 @@ class Keeper:
             guard.went_back(snapshot.step)
         self._held.weights = snapshot.weights
 
-    def _thaw(self, scored: Sequence[Scored], judged: Mapping[str, Judgement]) -> None:
-        """A frozen prompt is free again at the first visit at which nothing is said against it."""
-        affected = frozenset().union(*(judgement.prompts for judgement in judged.values()))
-        seen = {item.group.prompt.id for item in scored}
-        self._held.frozen = [p for p in self._held.frozen if p not in seen or p in affected]
+    def _thaw(self, scored: Sequence[Scored]) -> None:
+        """A frozen prompt is free again at the first visit at which nothing is said against the weights."""
+        if self._held.level is Level.OK:
+            seen = {item.group.prompt.id for item in scored}
+            self._held.frozen = [prompt for prompt in self._held.frozen if prompt not in seen]
 
     def _measure(self, judged: Mapping[str, Judgement], metrics: MetricSet) -> None:
         """guard/<signal> and its bound of this step; level 0 ok, 1 warn, 2 alarm."""
