@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 HEALTHY = "healthy"
 TOLERANCE = 0.02
 """Differences of scores that do not matter, however small their errors are."""
+CLEARLY = 2.0
+"""Standard errors of a difference of scores; the best of many noisy scores is too high by about as much."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +79,7 @@ class SnapshotStore:
 def pick(candidates: Sequence[Snapshot]) -> Snapshot:
     """The last one whose score is not clearly below the best; a state without a score has nothing against it.
 
-    Clearly: by more than the standard error of the difference, and by more than TOLERANCE. So noise in the scores costs no
+    Clearly: by more than CLEARLY standard errors of the difference, and by more than TOLERANCE. So noise in the scores costs no
     training, and a state that lost answers of the start model is not taken because it is new.
     """
     scores = {c.step: c.score for c in candidates if c.score is not None}
@@ -89,6 +91,6 @@ def pick(candidates: Sequence[Snapshot]) -> Snapshot:
         if candidate.score is None:
             return True
         error = math.hypot(candidate.score.error, best.error)
-        return best.value - candidate.score.value <= max(TOLERANCE, error)
+        return best.value - candidate.score.value <= max(TOLERANCE, CLEARLY * error)
 
     return max((c for c in candidates if is_fit(c)), key=lambda c: c.step)
