@@ -35,7 +35,7 @@ HEAVY = (
 PARTS = ("rewards", "rollout", "trainers")
 ABOVE_PARTS = (
     "ttrl.evaluate", "ttrl.setup", "ttrl.loop", "ttrl.journal", "ttrl.run", "ttrl.report", "ttrl.cli", "ttrl.sinks", "ttrl.stepmetrics",
-    "ttrl.plan",
+    "ttrl.plan", "ttrl.resume", "ttrl.compare",
 )  # fmt: skip
 
 

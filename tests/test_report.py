@@ -81,6 +81,26 @@ def test_changes_are_marked_only_when_the_interval_excludes_zero(run):
     assert re.search(r'class="num worse">-0\.100', html)
 
 
+def test_the_line_to_beat_and_how_sure_the_ledger_is_are_shown(run):
+    summary = json.loads((run.path / "summary.json").read_text())
+    start = {"value": 0.804, "low": 0.7, "high": 0.9}
+    above = {"value": -0.204, "low": -0.3, "high": -0.1}
+    extra = {
+        "line_to_beat": {"metric": "maj@16", "start": start, "verdict": "missed", "final_pass@1_above_it": above},
+        "ledger_shares": {"corrupted": {"value": 0.25, "low": 0.1, "high": 0.5}}, "ledger_by_chance": 1.3,
+        "protocol": {"temperature": 0.7, "extractor": ATTACK, "labels": ""}, "heldout": {"ledger": {"learned": 3, "corrupted": 2}},
+    }  # fmt: skip
+    run.write_json("summary.json", {**summary, **extra})
+    html = write_report(run).read_text()
+    assert "maj@16 of the start model is <b>0.804 [0.700, 0.900]</b>" in html
+    assert 'is <b class="worse">-0.204 [-0.300, -0.100]</b>' in html
+    assert "corrupted: 25% [10%, 50%]" in html
+    assert "1.3 are to be expected if nothing had changed" in html
+    assert "Protocol: temperature 0.7, extractor &lt;script&gt;" in html
+    assert "<script" not in html
+    assert "labels ," not in html  # an empty hash is not shown
+
+
 def test_an_unfinished_run_has_a_report_too(run):
     (run.path / "summary.json").unlink()
     assert "unfinished" in write_report(run).read_text()
