@@ -266,6 +266,8 @@ def test_probes_are_judged_by_the_equality_of_the_votes_and_never_vote() -> None
     assert after.probe_rewards is not None
     assert after.probe_rewards.tolist() == [1, 0, 0, 0, 0]  # what was cut off is no answer, although it reads like one
     assert (after.metrics["probe_answered"], after.metrics["probe_mean"]) == (0.4, 0.2)
+    roots = reward(with_probes(make_group(boxed([r"\sqrt{8}"] * 2)), boxed([r"2\sqrt{2}", 8])), context())
+    assert judged(roots, reward.reader).probe_rewards.tolist() == [1, 0]
     lenient = MajorityVote(truncated_votes=True)
     assert judged(lenient(group, context()), lenient.reader).probe_rewards.tolist() == [1, 0, 0, 0, 1]
 

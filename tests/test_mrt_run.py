@@ -79,7 +79,7 @@ def test_regret_of_the_bundled_model() -> None:
 def test_the_star_script_imitates_what_made_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("trl")
     pytest.importorskip("datasets")
-    arguments = ["lab/mrt-star", "data.limit=6", "rollout.votes_per_prompt=6", "rollout.train_per_prompt=6",
+    arguments = ["lab/mrt-star", "data.limit=6", "data.prompts_per_step=6", "rollout.votes_per_prompt=6", "rollout.train_per_prompt=6",
                  "objective.with.probes=2", "--rounds", "2",
                  "--output", str(tmp_path / "star"), "--most", "2", "--lr", "1e-3"]  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["mrt_star.py", *arguments])
