@@ -108,14 +108,18 @@ def _run(checked: Checked, parts: Parts, directory: RunDir, *, resume: bool, con
 @contextmanager
 def _journal(checked: Checked, directory: RunDir, console: Console) -> Iterator[Journal]:
     start = sum(1 for _ in directory.lines(METRICS))
-    recipe, source = checked.recipe, checked.source
-    total = source.total(recipe) if isinstance(source, Mode) else recipe.steps
-    sinks = open_sinks(recipe, directory.path, console, start, total)
+    recipe = checked.recipe
+    sinks = open_sinks(recipe, directory.path, console, start, _total(checked))
     try:
         yield Journal(recipe, directory, sinks)
     finally:
         for sink in sinks:
             sink.close()
+
+
+def _total(checked: Checked) -> int:
+    """Steps of the loop, which a mode may count otherwise than the recipe."""
+    return checked.source.total(checked.recipe) if isinstance(checked.source, Mode) else checked.recipe.steps
 
 
 def _judge(checked: Checked, directory: RunDir, journal: Journal, progress: Progress) -> dict[str, Any] | None:
@@ -147,6 +151,7 @@ def _conclude(
         "reason": outcome.reason,
         "name": recipe.name,
         "steps": progress.step,
+        "total_steps": _total(checked),
         "labels_in_training": checked.labels_in_training,
         **_comparison(book, "adapted", recipe.seed),
         "ledger": totals(entries) if entries else None,
