@@ -26,6 +26,7 @@ from ttrl.guards import Keeper
 from ttrl.journal import Journal, Progress
 from ttrl.loop import conclude, train
 from ttrl.modes import Mode
+from ttrl.protocols import Source
 from ttrl.report import write_report
 from ttrl.resume import continuation, note_resume, same_inputs
 from ttrl.room import check_memory
@@ -139,13 +140,17 @@ def _run(
 def _journal(parts: Parts, directory: RunDir, console: Console) -> Iterator[Journal]:
     recipe, source = parts.recipe, parts.source
     start = sum(1 for _ in directory.lines(METRICS))
-    total = source.total(recipe) if isinstance(source, Mode) else recipe.steps
-    sinks = open_sinks(recipe, directory.path, console, start, total)
+    sinks = open_sinks(recipe, directory.path, console, start, _total(recipe, source))
     try:
         yield Journal(recipe, directory, sinks, parts.luck)
     finally:
         for sink in sinks:
             sink.close()
+
+
+def _total(recipe: Recipe, source: Source) -> int:
+    """Steps of the loop, which a mode may count otherwise than the recipe."""
+    return source.total(recipe) if isinstance(source, Mode) else recipe.steps
 
 
 def _judge(checked: Checked, directory: RunDir, journal: Journal, progress: Progress) -> dict[str, Any] | None:
@@ -176,6 +181,7 @@ def _conclude(
         "reason": outcome.reason,
         "name": recipe.name,
         "steps": progress.step,
+        "total_steps": _total(recipe, checked.source),
         "labels_in_training": checked.labels_in_training,
         "guards": guards.summary(),
         **digest(book, "adapted", recipe.seed),

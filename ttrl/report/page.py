@@ -58,6 +58,7 @@ def _content(run: RunDir) -> dict[str, Any]:
         "stamped": list(from_comments(text).items()),
         "summary": summary,
         "headlines": headlines,
+        "prequential": _prequential(summary.get("prequential") or {}),
         "measured": summary.get("measured_after_steps", []),
         "cards": _cards(headlines),
         "heldout": _headlines(summary.get("heldout") or {}),
@@ -178,8 +179,24 @@ def _trained_on(recipe: Recipe, *, labels: bool) -> str:
     return text + f" {Path(recipe.eval.heldout.prompts).name} was held out: never sampled for training."
 
 
+def _prequential(parts: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, dict[str, str]]]:
+    """Rows of the table of a stream: the whole and its halves, with every measure that was estimated."""
+    return [
+        (
+            f"{name.replace('_', ' ')} ({part['prompts']})",
+            {measure: _show(value) for measure, value in part.items() if measure != "prompts"},
+        )
+        for name, part in parts.items()
+    ]
+
+
 def _parts(recipe: Recipe) -> list[tuple[str, str]]:
-    plugs = [("sampler", recipe.rollout.sampler), ("engine", recipe.rollout.engine), ("reward", recipe.reward)]
+    plugs = [
+        ("source", recipe.data.source),
+        ("sampler", recipe.rollout.sampler),
+        ("engine", recipe.rollout.engine),
+        ("reward", recipe.reward),
+    ]
     plugs += [("gate", plug) for plug in recipe.gates] + [("objective", recipe.objective)]
     plugs += [("stabilizer", plug) for plug in recipe.stabilizers]
     plugs += [("guard", plug) for plug in recipe.guards] + [("parameters", recipe.trainer.parameters)]
@@ -213,6 +230,8 @@ def _figures(
               "Stability of the labels", bounded=True),
         curve(metrics, {"reward/unique_answers": "different answers per prompt"}, "Diversity"),
         curve(metrics, {"rollout/length": "tokens per rollout"}, "Length"),
+        curve(metrics, {"guard/canary_rate": "canary votes that disagree", "guard/canary_limit": "limit"}, "Canaries (no labels)",
+              bounded=True),
         curve(metrics, {"train/entropy": "entropy (nats)"}, "Entropy of the policy"),
         curve(metrics, {"train/kl": "KL to the start model"}, "Distance from the start model"),
         curve(metrics, {"train/grad_norm": "before clipping"}, "Gradient norm"),
