@@ -85,7 +85,7 @@ def test_built_ins_win_over_entry_points_and_entry_points_are_found(monkeypatch:
     ("use", "message"),
     [
         ("vote_shar", r"unknown gate 'vote_shar'\. Did you mean 'vote_share'\?"),
-        ("zzz", r"unknown gate 'zzz'\. Known: answered, vote_share, zero_variance"),
+        ("zzz", r"unknown gate 'zzz'\. Known: answered, reliable, vote_share, zero_variance"),
         (":VoteShare", "unknown gate"),
         ("no_such_module:X", "there is no module 'no_such_module'"),
         ("ttrl.nope:X", r"there is no module 'ttrl\.nope'"),

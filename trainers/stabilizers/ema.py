@@ -20,7 +20,7 @@ class EMATeacher:
     """`{use: ema, with: {decay: 0.99}}`. One more copy of the trained weights in float32.
 
     With `votes: true` every step draws `votes_per_prompt` votes under the teacher and `train_per_prompt` rollouts under the
-    policy, which costs two weight syncs and the policy's rollouts on top; the reward must be
+    policy, which costs one weight sync and the policy's rollouts on top; the reward must be
     `{use: majority_vote, with: {electorate: untrained}}`. With `votes: false` the average is kept and nothing uses it.
     """
 

@@ -3,8 +3,8 @@
     omega_j = sum over rollouts of (d log pi(rollout) / d theta_j)^2 / tokens       under the start model, on its own rollouts
     loss   += coefficient * sum_j omega_j (theta_j - theta_j(start))^2
 
-omega is the diagonal of the Fisher information per token. To second order sum_j omega_j d_j^2 / 2 is the KL divergence per token
-between start model and policy as far as the diagonal tells, so a coefficient of c / 2 here holds about like c of the KL anchor.
+omega is the diagonal of the Fisher information per token. sum_j omega_j d_j^2 / 2 is the part of the KL divergence per token that a
+diagonal can see, which is small when all weights move together (docs/stabilizers.md has a measurement).
 Squares are taken per rollout; those of a batch's mean gradient, as in the reference code, are smaller by its size and no Fisher.
 """
 

@@ -27,9 +27,9 @@ class StochasticRestore:
     """`{use: restore, with: {p: 0.001}}`. Keeps the start weights: one more copy of what is trained, in float32.
 
     LoRA: the product of its factors would jump if one were restored without the other, so the unit is a component of the rank:
-    its row of A and its column of B go back together. `forget: both` zeroes both moments of Adam, as published: the entry then
-    moves up to 6.6 times faster than `lr` for the next tens of updates, because the bias correction belongs to the whole tensor.
-    `forget: first` keeps the scale of the gradient and avoids that.
+    its row of A and its column of B go back together. `forget: both` zeroes both moments of Adam: the entry then moves up to 6.6
+    times as fast as `lr` (12 updates later), because the bias correction belongs to the whole tensor. `forget: first` keeps the
+    scale of the gradient and avoids that.
     """
 
     needs: frozenset[str] = frozenset({START})
