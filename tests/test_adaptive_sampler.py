@@ -10,12 +10,13 @@ from helpers import FakeTokenizer, boxed, context, make_prompt
 
 from ttrl.config import load_recipe
 from ttrl.errors import ConfigError
+from ttrl.parts import assemble
 from ttrl.rewards.majority import MajorityVote
 from ttrl.rollout.adaptive import AdaptiveSampler
 from ttrl.rollout.flat import FlatSampler
 from ttrl.rollout.pool import LocalPool
 from ttrl.rollout.scripted import Script, ScriptedEngine
-from ttrl.setup import assemble, build_sampler, check_recipe
+from ttrl.setup import build_sampler, check_recipe
 from ttrl.types import Group, Rollout, SamplingSpec
 
 SPEC = SamplingSpec(max_new_tokens=30)

@@ -16,10 +16,11 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 from ttrl.config import load_recipe
 from ttrl.errors import EngineError, StopRequested
 from ttrl.model.weights import Fingerprint, NamedTensors, load_weights
+from ttrl.parts import assemble
 from ttrl.rollout.engines import hf
 from ttrl.rollout.hf import HFEngine
 from ttrl.rollout.pool import LocalPool
-from ttrl.setup import assemble, check_recipe
+from ttrl.setup import check_recipe
 from ttrl.types import Finish, Request, Rollout, SamplingSpec, WeightStamp
 
 SPEC = SamplingSpec(max_new_tokens=12, temperature=0.8, entropy=True, self_certainty=True)

@@ -26,12 +26,13 @@ from ttrl.guards import Keeper
 from ttrl.journal import Journal, Progress
 from ttrl.loop import conclude, train
 from ttrl.modes import Mode
+from ttrl.parts import Parts, assemble
 from ttrl.protocols import Source
 from ttrl.report import write_report
 from ttrl.resume import continuation, note_resume, same_inputs
 from ttrl.room import check_memory
 from ttrl.rundir import ANSWERS, EVALUATIONS, LEDGER, LUCK, METRICS, RECIPE, SUMMARY, RunDir, check_unused
-from ttrl.setup import Checked, Parts, assemble, check_recipe
+from ttrl.setup import Checked, check_recipe
 from ttrl.sinks import open_sinks, show_line
 from ttrl.stamp import stamp, to_comments
 from ttrl.stopping import StopSwitch

@@ -115,7 +115,8 @@ def measure(path: Path, repeats: int, bucket_mb: int, transport: str) -> None:
         "quickstart",
         [
             f"model.path={path}", "cluster.backend=ray", "cluster.address=local", f"cluster.bucket_mb={bucket_mb}",
-            f"cluster.transport={transport}", "rollout.engine.use=vllm", "rollout.engine.with.kv_cache_gib=0.25", "rollout.engine.with.max_model_len=256",
+            f"cluster.transport={transport}", "rollout.engine.use=vllm", "rollout.engine.with.kv_cache_gib=0.25",
+        "rollout.engine.with.max_model_len=256",
         ],
     )  # fmt: skip
     nodes = connect(recipe.cluster, lambda: None, ranks=0, device="cpu")

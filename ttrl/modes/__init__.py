@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 if TYPE_CHECKING:
     from ttrl.config.schema import Recipe
     from ttrl.journal import Journal, Progress
-    from ttrl.setup import Parts
+    from ttrl.parts import Parts
 
 
 @runtime_checkable

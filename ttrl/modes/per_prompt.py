@@ -24,7 +24,7 @@ from ttrl.types import Prompt, Scored, StepStats
 
 if TYPE_CHECKING:
     from ttrl.config.schema import Recipe
-    from ttrl.setup import Parts
+    from ttrl.parts import Parts
 
 START = ".start"
 

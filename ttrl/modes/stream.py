@@ -28,7 +28,7 @@ from ttrl.types import Prompt, Sample, Scored, StepStats
 
 if TYPE_CHECKING:
     from ttrl.config.schema import Recipe
-    from ttrl.setup import Parts
+    from ttrl.parts import Parts
 
 SNAPSHOT = ".committed"
 
