@@ -52,7 +52,7 @@ def on_cluster(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
         cluster.section = section
         return cluster
 
-    monkeypatch.setattr("ttrl.setup.connect", shared)
+    monkeypatch.setattr("ttrl.parts.connect", shared)
     monkeypatch.setattr(cluster, "close", lambda: None)
 
 
