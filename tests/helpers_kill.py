@@ -19,12 +19,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-# Three prompts, one per step: an epoch ends with step 3, 6, 9 and 12, a checkpoint is written after every second step.
+# Six prompts, two per step: an epoch ends with step 3, 6, 9 and 12, a checkpoint is written after every second step.
 # The learning rate is high enough for labels to change, so that a lost history of votes would show in reward/flip_rate.
 RECIPE = [
-    "train", "quickstart", "steps=12", "data.limit=3", "data.prompts_per_step=1", "rollout.votes_per_prompt=4", "trainer.lr=0.0002",
+    "train", "quickstart", "steps=12", "data.limit=6", "data.prompts_per_step=2", "rollout.votes_per_prompt=4", "trainer.lr=0.0003",
     "eval.samples=2", "eval.k=[1,2]", "eval.limit=2", "eval.heldout=null", "checkpoint.every=2", "log.groups_per_step=2",
-    "stabilizers=[]", "max_empty_steps=12",
+    "stabilizers=[]",
 ]  # fmt: skip
 FILES = ("groups.jsonl", "eval.jsonl", "ledger.jsonl")
 SECRETS = {
