@@ -283,7 +283,8 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
         and PurePath(os.fsdecode(what)).suffix in DATA_FILES
     ):
         path = os.path.abspath(os.fsdecode(what))
-        if not path.startswith(LIBRARIES) or f"{os.sep}assets{os.sep}" in path:
+        library = path.startswith(LIBRARIES) and f"{os.sep}assets{os.sep}" not in path
+        if not library and PurePath(path).parent.suffix not in (".dist-info", ".egg-info"):
             watch.problems.append(
                 f"it opened {os.fsdecode(what)} {watch.when}; a reward sees the group and its options, nothing else"
             )

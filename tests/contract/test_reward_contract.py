@@ -202,7 +202,7 @@ def test_new_check_and_test_as_a_new_user_would(tmp_path: Path) -> None:
     assert len((tmp_path / "my_reward.py").read_text().splitlines()) <= 30
     checked = ttrl("check", "./my_reward.py", "extractor=number", cwd=tmp_path)
     assert checked.returncode == 0, checked.stdout + checked.stderr
-    assert checked.stdout.count("ok") == 12
+    assert checked.stdout.count("ok") == 13
     tested = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_my_reward.py"],
         capture_output=True, text=True, cwd=tmp_path, timeout=120,
@@ -218,7 +218,7 @@ def test_check_says_what_is_wrong_and_exits_1(tmp_path: Path) -> None:
     reward.write_text(reward.read_text().replace("label=label,", 'label=label or "",'))
     result = ttrl("check", "./bad.py:Bad", cwd=tmp_path)
     assert result.returncode == 1
-    assert "FAIL  nobody answered" in result.stdout and "2 of 11 checks failed" in result.stdout
+    assert "FAIL  nobody answered" in result.stdout and "2 of 12 checks failed" in result.stdout
 
 
 def test_wrong_calls_are_refused(tmp_path: Path) -> None:
