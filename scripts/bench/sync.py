@@ -3,7 +3,7 @@
     python scripts/bench/sync.py [--repeats 7] [--bucket-mb 64] [--model FOLDER] [--tiny]
 
 Without --model: random weights of SmolLM2-135M's shape (135 M parameters, float32). In turns, in one run: A, a vLLM engine in this
-process reloads the tensors with vLLM's own `reload_weights`; B, the same tensors go from this process through Ray's object store to a
+process reloads the tensors with vLLM's own `reload_weights`; B, the same tensors go from this process to a
 vLLM engine in an actor, with manifest, fingerprint and prefix-cache reset (`RayPool.sync`). Prints medians, the ratio B / A, and
 what B adds in memory: object store (polled), and the resident peaks of both processes above their level before.
 """
@@ -115,7 +115,8 @@ def measure(path: Path, repeats: int, bucket_mb: int, transport: str) -> None:
         "quickstart",
         [
             f"model.path={path}", "cluster.backend=ray", "cluster.address=local", f"cluster.bucket_mb={bucket_mb}",
-            f"cluster.transport={transport}", "rollout.engine.use=vllm", "rollout.engine.with.kv_cache_gib=0.25", "rollout.engine.with.max_model_len=256",
+            f"cluster.transport={transport}",
+            "rollout.engine.use=vllm", "rollout.engine.with.kv_cache_gib=0.25", "rollout.engine.with.max_model_len=256",
         ],
     )  # fmt: skip
     nodes = connect(recipe.cluster, lambda: None, ranks=0, device="cpu")
