@@ -18,6 +18,23 @@ settings.register_profile("ttrl", derandomize=True, deadline=None)
 settings.load_profile("ttrl")
 
 
+LONGEST_FIRST = (
+    "test_ray_pool.py",
+    "test_run.py",
+    "test_ranks.py",
+    "test_cluster.py",
+    "test_interrupt.py",
+    "test_sandbox.py",
+)
+"""Files of more than half a minute. Started last, one of them would keep a single worker busy while the others wait."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order files for `--dist loadfile --no-loadscope-reorder`; the order within a file stays."""
+    places = {name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def single_thread() -> None:
     """One torch thread, where torch was imported at all."""
