@@ -1,6 +1,6 @@
 """Weights within one machine: memory that the sender and the workers share, and a socket for each worker that says what is in it.
 
-The memory is two buckets. One is filled while the workers load the other, tensors are copied into it once, and the workers read them
+The memory has two halves. One is filled while the workers load the other, tensors are copied into it once, and the workers read them
 from where they are. It has no name, so nothing is left behind whatever ends; it goes when the sync is over.
 """
 
@@ -38,8 +38,9 @@ class SharedMemory:
     """The Delivery from this process to workers on its machine; through the object store where that is not the case."""
 
     def __init__(self, nodes: Cluster, bucket_bytes: int) -> None:
-        self._nodes, self._bucket_bytes = nodes, bucket_bytes
+        self._nodes = nodes
         self._elsewhere = ObjectStore(nodes, bucket_bytes)
+        self._slot_bytes = max(1, bucket_bytes // 2)  # small enough to be in a cache when it is read
 
     def send(self, workers: Sequence[Any], source: WeightSource) -> list[Receipt]:
         """A lost worker does not disturb the others."""
@@ -53,7 +54,7 @@ class SharedMemory:
             refs = {
                 i: workers[i].load_shared.remote(path, seconds) for i, v in found.items() if not isinstance(v, Lost)
             }
-            with Sender(self._connected(listener, list(refs.values())), self._bucket_bytes, seconds) as sender:
+            with Sender(self._connected(listener, list(refs.values())), self._slot_bytes, seconds) as sender:
                 sender.send(source)
                 whole = len(sender) == len(refs)
         loaded = self._nodes.settle(list(refs.values()), seconds=seconds if whole else GRACE_SECONDS, what=what)

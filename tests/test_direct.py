@@ -148,7 +148,7 @@ class Worker:
         self.withheld = ""
 
     def __getattr__(self, method: str) -> Any:
-        if method.startswith("_"):
+        if method.startswith(("_", "do_")):
             raise AttributeError(method)
 
         def remote(*arguments: Any) -> Callable[[], Any]:

@@ -490,8 +490,10 @@ def test_each_engine_of_a_transfer_has_ranks_of_its_own() -> None:
     client.init_weight_transfer_engine({"rank_offset": 1, "world_size": 7})
     client.init_weight_transfer_engine({"packed": True})
     client.start_weight_update()
-    assert [info["rank_offset"] for info in said[0][1]] == [1, 3, 5]
-    assert said[1:] == [("init_weight_transfer_engine", [{"packed": True}] * 3), ("start_weight_update", [None] * 3)]
+    left = ("shutdown_weight_transfer_engine", [None] * 3)
+    assert [info["rank_offset"] for info in said[1][1]] == [1, 3, 5]
+    assert said[0] == said[2] == left
+    assert said[3:] == [("init_weight_transfer_engine", [{"packed": True}] * 3), ("start_weight_update", [None] * 3)]
 
 
 @pytest.mark.parametrize("transport", ["nccl", "ipc"])

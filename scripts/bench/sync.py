@@ -1,11 +1,11 @@
 """Syncing weights to a vLLM worker in another process, against vLLM's own in-process reload of the same tensors.
 
-    python scripts/bench/sync.py [--repeats 7] [--bucket-mb 64] [--model FOLDER] [--tiny]
+    python scripts/bench/sync.py [--repeats 7] [--bucket-mb 64] [--model FOLDER] [--transport auto] [--tiny]
 
 Without --model: random weights of SmolLM2-135M's shape (135 M parameters, float32). In turns, in one run: A, a vLLM engine in this
-process reloads the tensors with vLLM's own `reload_weights`; B, the same tensors go from this process through Ray's object store to a
-vLLM engine in an actor, with manifest, fingerprint and prefix-cache reset (`RayPool.sync`). Prints medians, the ratio B / A, and
-what B adds in memory: object store (polled), and the resident peaks of both processes above their level before.
+process reloads the tensors with vLLM's own `reload_weights`; B, the same tensors go from this process to a vLLM engine in an
+actor, with manifest, fingerprint and prefix-cache reset (`RayPool.sync`). Prints medians, the ratio B / A, and what B adds in
+memory (polled): what is shared between the processes or in the object store, and the private memory of both.
 """
 
 from __future__ import annotations
@@ -115,8 +115,8 @@ def measure(path: Path, repeats: int, bucket_mb: int, transport: str) -> None:
         "quickstart",
         [
             f"model.path={path}", "cluster.backend=ray", "cluster.address=local", f"cluster.bucket_mb={bucket_mb}",
-            f"cluster.transport={transport}", "rollout.engine.use=vllm", "rollout.engine.with.kv_cache_gib=0.25",
-        "rollout.engine.with.max_model_len=256",
+            f"cluster.transport={transport}",
+            "rollout.engine.use=vllm", "rollout.engine.with.kv_cache_gib=0.25", "rollout.engine.with.max_model_len=256",
         ],
     )  # fmt: skip
     nodes = connect(recipe.cluster, lambda: None, ranks=0, device="cpu")
@@ -144,6 +144,8 @@ def measure(path: Path, repeats: int, bucket_mb: int, transport: str) -> None:
             work()
         pairs = [(seconds(reload), seconds(sync)) for _ in range(repeats)]
         own_pid = os.getpid()
+        with peaks((own_pid, "RssAnon")) as alone:
+            reload()
         with store_peak() as store, peaks((own_pid, "RssShmem"), (own_pid, "RssAnon"), (worker, "RssAnon")) as grown:
             sync()
     finally:
@@ -156,7 +158,8 @@ def measure(path: Path, repeats: int, bucket_mb: int, transport: str) -> None:
     print(f"  B / A                               {ours / base:.2f}   (pairs: {ratios[0]:.2f} to {ratios[-1]:.2f})")
     crossing = max(store[0], grown[0])
     print(f"  shared memory at most               {crossing / MIB:.0f} MiB = {crossing / MIB / bucket_mb:.2f} buckets")
-    print(f"  private memory, sender and receiver {grown[1] / MIB:.0f} MiB, {grown[2] / MIB:.0f} MiB above before")
+    print(f"  private memory of sender, receiver  {grown[1] / MIB:.0f} MiB, {grown[2] / MIB:.0f} MiB above before")
+    print(f"  private memory of A                 {alone[0] / MIB:.0f} MiB above before")
 
 
 if __name__ == "__main__":

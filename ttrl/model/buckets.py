@@ -121,7 +121,8 @@ def pack_buckets(
                 yield full.pop()  # nothing here keeps it alive
             if not len(data):
                 data = np.empty(bucket_bytes, np.uint8) if room is None else room()
-            entries.append(Entry(name, dtype, tuple(source.shape), size, length, offset))
+            start = size if length else 0  # an empty tensor lies nowhere, and so at an even address
+            entries.append(Entry(name, dtype, tuple(source.shape), start, length, offset))
             data[size : size + length] = raw[offset : offset + length]
             size = _next(size + length, bucket_bytes)
     if entries:
