@@ -20,6 +20,7 @@ from ttrl.config import load_recipe
 from ttrl.config.schema import Recipe
 from ttrl.errors import StopRequested
 from ttrl.evaluate.judge import Judge
+from ttrl.guards import Keeper
 from ttrl.journal import Journal, Progress
 from ttrl.parts import Parts
 from ttrl.prompts import tokenize
@@ -159,7 +160,8 @@ def make_lab(folder: Path, texts: Sequence[str], *changes: str, source: str, res
         recipe=recipe, prompts={p.id: p for p in tokenize(checked.records, tokenizer, "raw", None)}, source=checked.source,
         sampler=build_sampler(recipe, checked.reward, checked.reader), pool=world, spec=SamplingSpec(max_new_tokens=4),  # type: ignore[arg-type]
         reward=checked.reward, reader=checked.reader, gates=tuple(build("gate", plug) for plug in recipe.gates),
-        objective=build("objective", recipe.objective), trainer=world, link=world, evaluators=(), ending=ExitStack(),  # type: ignore[arg-type]
+        objective=build("objective", recipe.objective), trainer=world, link=world, evaluators=(), teaching=False, luck=None,
+        guards=Keeper({}, world, {}, lambda ids: "", folder / "checkpoints"), ending=ExitStack(),  # type: ignore[arg-type]
     )  # fmt: skip
     (folder / "checkpoints").mkdir(exist_ok=True)
     journal = Journal(recipe, RunDir(folder), [])

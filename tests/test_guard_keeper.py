@@ -96,7 +96,7 @@ class Run:
     def __init__(self, folder: Path, judged: Any = None, inspected: Any = None, **policy: Any) -> None:
         self.trainer, self.reward, self.folder = Number(), Memory(), folder
         self.guard = Scripted(Policy(**{"snapshot_every": 1, **policy}), judged or {}, inspected or {})
-        self.keeper = Keeper({"scripted": self.guard}, self.trainer, self.reward, lambda ids: "", folder)
+        self.keeper = Keeper({"scripted": self.guard}, self.trainer, {"reward": self.reward}, lambda ids: "", folder)
         self.events: list[tuple[int, str]] = []
         self.metrics: list[dict[str, float]] = []
         self.stopped = ""
@@ -122,7 +122,7 @@ class Run:
     def checkpoint(self, step: int) -> Path:
         folder = self.folder / f"step-{step:06d}"
         folder.mkdir(parents=True)
-        (folder / "state.json").write_text(json.dumps({"guards": self.keeper.state()}))
+        (folder / "state.json").write_text(json.dumps({"memory": {"guards": self.keeper.state()}}))
         return folder
 
 
@@ -234,12 +234,13 @@ def test_a_resumed_keeper_goes_on_as_before_and_forgets_later_snapshots(tmp_path
     whole.go(3, 7)
     again = Run(tmp_path, judged=judged, snapshot_every=2)
     again.trainer.value, again.trainer.version, again.reward.seen = value, 3, 3
-    again.keeper.resume(state, 3)
+    again.keeper.load_state(state)
+    again.keeper.forget_from(3)
     assert again.on_disk() == [2]
     again.go(3, 7)
     assert again.keeper.state() == whole.keeper.state()
     assert (again.trainer.value, again.trainer.version) == (whole.trainer.value, whole.trainer.version)
-    again.keeper.resume(None, 0)
+    again.keeper.forget_from(0)
     assert again.on_disk() == []
 
 

@@ -99,7 +99,8 @@ def everything_recorded() -> Group:
     for rollout in group.rollouts:
         entropy, certainty = rng.random((2, len(rollout.token_ids))).astype(np.float32)
         rollouts.append(replace(rollout, entropy=entropy, self_certainty=certainty))
-    return replace(group, rollouts=tuple(rollouts))
+    prompt = replace(group.prompt, meta={"image_size": [100, 100]})
+    return replace(group, prompt=prompt, rollouts=tuple(rollouts))
 
 
 def assert_same(one: Scored, two: Scored) -> None:
@@ -130,7 +131,7 @@ def test_a_reward_built_or_sent_there_scores_as_here(
     group = everything_recorded()
     reward = labelled(build("reward", wanted))
     here = reward(group, context())
-    assert here.label is not None or name in ("random", "trl", "selective", "incorrect")
+    assert here.label is not None or name in ("random", "trl", "selective", "incorrect", "region_consistency")
     assert len(set(here.rewards.tolist())) > 1
     fresh = labelled(build("reward", wanted))
     assert_same(

@@ -43,6 +43,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"use": "incorrect"},
     {"use": "frozen"},
     {"use": "gold"},
+    {"use": "length_penalty"},
 ]  # fmt: skip
 
 
@@ -98,7 +99,7 @@ def test_nobody_trains_where_no_two_agree(variant: dict[str, Any]) -> None:
 
 
 def test_the_variants_cover_every_built_in() -> None:
-    assert {v["use"] for v in VARIANTS} == set(BUILT_IN["reward"]) - {"trl"}  # wraps a function of the user
+    assert {v["use"] for v in VARIANTS} == set(BUILT_IN["reward"]) - {"trl", "region_consistency"}  # other answers
 
 
 def test_only_drawn_rollouts_train() -> None:
