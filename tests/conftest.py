@@ -20,6 +20,7 @@ settings.load_profile("ttrl")
 
 LONGEST_FIRST = (
     "test_ray_pool.py",
+    "test_kill.py",
     "test_run.py",
     "test_ranks.py",
     "test_cluster.py",
