@@ -25,7 +25,6 @@ LONGEST_FIRST = (
     "test_ranks.py",
     "test_cluster.py",
     "test_interrupt.py",
-    "test_kill.py",
     "test_sandbox.py",
 )
 """Files of more than half a minute. Started last, one of them would keep a single worker busy while the others wait."""
