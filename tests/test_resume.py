@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -108,7 +109,15 @@ def test_a_signal_asks_and_is_remembered(number: signal.Signals) -> None:
     assert raised.value.signal == number
 
 
-def test_a_scheduler_may_repeat_itself_and_a_second_ctrl_c_insists() -> None:
+@pytest.fixture
+def at_a_terminal() -> Iterator[None]:
+    """The handler of Ctrl-C as it is at a terminal; what is started in the background begins with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_scheduler_may_repeat_itself_and_a_second_ctrl_c_insists(at_a_terminal: None) -> None:
     with StopSwitch() as switch:
         for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM):
             os.kill(os.getpid(), number)
