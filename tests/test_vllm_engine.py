@@ -348,6 +348,20 @@ def step(ours: Any, version: int) -> None:
     ours.version = version
 
 
+def test_nothing_of_a_bucket_is_kept_when_it_was_loaded(engine: Any) -> None:
+    """Its memory is used again for the next one, in the middle of vLLM's fused layers and of tensors that are cut."""
+    engine._fingerprint = Fingerprint()  # tests before this one sent names that no model has
+    other = tiny_llama(1, hidden_size=128, head_dim=32)
+    for bucket_bytes in (1 << 12, 1 << 16):
+        weights, unpacker = source(other, 1), Unpacker()
+        engine.begin_load(1, weights.manifest)
+        for bucket in pack_buckets(iter(weights), bucket_bytes, room=lent(bucket_bytes)):
+            engine.load(unpacker.tensors(bucket), lasting=True)
+            bucket.data.fill(0x3F)
+        assert engine.end_load() == expected_print(other)
+        np.testing.assert_allclose(engine.score(text(64)), scored(other, text(64)), **CLOSE)
+
+
 def test_merged_adapters_on_parts_of_fused_layers(engine: Any, folder: Path) -> None:
     """vLLM holds q, k and v as one matrix; k does not come and must still be there."""
     ours = lora(folder, ["q_proj", "v_proj", "up_proj"])
@@ -380,20 +394,6 @@ def test_adapters_arrive_as_they_are_and_replace_each_other(folder: Path) -> Non
         load_weights(engine, ours.weights())
     with pytest.raises(EngineError, match="adapter of rank 8 came to a vLLM engine with lora_rank: 4"):
         load_weights(engine, trainer(folder, parameters=LoRA(rank=8, targets=["q_proj"])).weights(adapter=True))
-
-
-def test_nothing_of_a_bucket_is_kept_when_it_was_loaded(engine: Any) -> None:
-    """Its memory is used again for the next one, in the middle of vLLM's fused layers and of tensors that are cut."""
-    engine._fingerprint = Fingerprint()  # tests before this one sent names that no model has
-    other = tiny_llama(1, hidden_size=128, head_dim=32)
-    for bucket_bytes in (1 << 12, 1 << 16):
-        weights, unpacker = source(other, 1), Unpacker()
-        engine.begin_load(1, weights.manifest)
-        for bucket in pack_buckets(iter(weights), bucket_bytes, room=lent(bucket_bytes)):
-            engine.load(unpacker.tensors(bucket), lasting=True)
-            bucket.data.fill(0x3F)
-        assert engine.end_load() == expected_print(other)
-        np.testing.assert_allclose(engine.score(text(64)), scored(other, text(64)), **CLOSE)
 
 
 def expected_print(model: PreTrainedModel) -> str:
