@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from ttrl.errors import ConfigError
+from ttrl.model.eyes import Seen, open_eyes
 from ttrl.model.prefix import SharedPrefix, enable_shared_prefix
 from ttrl.model.sampling import scaled
 from ttrl.types import PackedBatch, Segment
@@ -35,10 +37,13 @@ class CompletionScorer:
     """Scores batches under one model at one temperature."""
 
     def __init__(
-        self, model: PreTrainedModel, temperature: float, *, shared_prefix: bool = True, entropy_grad: bool = False
-    ) -> None:
+        self, model: PreTrainedModel, temperature: float, *, shared_prefix: bool = True, entropy_grad: bool = False,
+        path: str = "",
+    ) -> None:  # fmt: skip
+        """`path`: where the model came from, which is where the processor of its pictures is."""
         self._model = model
         self._temperature = temperature
+        self._eyes = open_eyes(model, path)
         self.shared_prefix = shared_prefix and enable_shared_prefix(model)
         self._entropy_grad = entropy_grad
         self._body, self._head = split_head(model)
@@ -57,7 +62,7 @@ class CompletionScorer:
 
     def _segment(self, segment: Segment, ids: Tensor, *, uniform: bool) -> Tensor:
         """States [n, D] that predict the n completion tokens of one segment."""
-        prompt = torch.as_tensor(segment.prompt_ids, dtype=torch.long, device=ids.device)
+        prompt = self._taken_in(segment, ids.device)
         rows, longest = len(segment.lengths), max(int(segment.lengths.max()), 2 if uniform else 1)
         lengths = torch.as_tensor(segment.lengths, dtype=torch.long, device=ids.device)
         inside = torch.arange(longest, device=ids.device)[None] < lengths[:, None]
@@ -68,10 +73,22 @@ class CompletionScorer:
             shared = SharedPrefix(self._body)
             first = shared.prefill(prompt)[0][:, -1:].expand(rows, -1, -1)
             states = torch.cat([first, shared.suffix(padded[:, :-1])[0]], dim=1) if longest > 1 else first
+        elif isinstance(prompt, Seen):
+            whole = prompt.followed_by(self._model.get_input_embeddings()(padded[:, :-1]))
+            states = self._body(inputs_embeds=whole.embeds, position_ids=whole.positions, use_cache=False)[0]
+            states = states[:, len(segment.prompt_ids) - 1 :]
         else:
-            whole = torch.cat([prompt.expand(rows, -1), padded[:, :-1]], dim=1)
-            states = self._body(input_ids=whole, use_cache=False)[0][:, len(prompt) - 1 :]
+            ids = torch.cat([prompt.expand(rows, -1), padded[:, :-1]], dim=1)
+            states = self._body(input_ids=ids, use_cache=False)[0][:, len(prompt) - 1 :]
         return states[inside]
+
+    def _taken_in(self, segment: Segment, device: torch.device) -> Tensor | Seen:
+        """The prompt as the model gets it, once per segment. Raises ConfigError for pictures that this model does not take."""
+        if not segment.images:
+            return torch.as_tensor(segment.prompt_ids, dtype=torch.long, device=device)
+        if self._eyes is None:
+            raise ConfigError("a prompt has images, but the model is one of text only")
+        return self._eyes.see(segment.prompt_ids, segment.images)
 
     def _score(self, states: Tensor, ids: Tensor, at_least: int) -> TokenScores:
         size = max(1, LOGITS_AT_ONCE // self._vocabulary)

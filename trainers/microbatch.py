@@ -48,6 +48,7 @@ class BatchLoss:
             setup.temperature,
             shared_prefix=not setup.trainer.gradient_checkpointing,
             entropy_grad="entropy_grad" in self._needs,
+            path=setup.model.path,
         )
         self._frozen: tuple[CompletionScorer, Run] | None = None
 
@@ -64,7 +65,7 @@ class BatchLoss:
     def compare_with(self, frozen: PreTrainedModel, run: Run = lambda work: work()) -> CompletionScorer:
         """`frozen` is the start model from now on; `run` executes a computation with it."""
         frozen.requires_grad_(False)
-        self._frozen = CompletionScorer(frozen, self._setup.temperature), run
+        self._frozen = CompletionScorer(frozen, self._setup.temperature, path=self._setup.model.path), run
         return self._frozen[0]
 
     @torch.no_grad()

@@ -17,7 +17,7 @@ from ttrl.evaluate.evaluator import check_labels
 from ttrl.evaluate.labels import read_labels
 from ttrl.evaluate.regions import check_regions
 from ttrl.guards import build_guards
-from ttrl.model_path import check_model_path
+from ttrl.model_path import check_model_path, check_sees
 from ttrl.modes import Mode
 from ttrl.prompts import PromptRecord, read_prompts
 from ttrl.protocols import (
@@ -116,6 +116,8 @@ def check_recipe(recipe: Recipe) -> Checked:
         attempt(lambda: _hand_labels(recipe, reward, records or []))
     split = recipe.eval.heldout
     heldout = attempt(lambda: _heldout(recipe, split, records or [])) if split is not None else []
+    shown = [record for record in [*(records or []), *(heldout or [])] if record.images]
+    attempt(lambda: check_images(recipe, shown))
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(line for problem in problems for line in problem.split("\n"))))
     return Checked(recipe=recipe, records=records, heldout=heldout, source=source, reward=reward, reader=reader,
@@ -196,14 +198,20 @@ def _plugs(recipe: Recipe) -> list[tuple[str, Plug]]:
 
 def _read(recipe: Recipe, path: str, limit: int | None) -> list[PromptRecord]:
     return read_prompts(
-        path, prompt_field=recipe.data.prompt_field, id_field=recipe.data.id_field, limit=limit, keep=recipe.data.keep
-    )
+        path, prompt_field=recipe.data.prompt_field, id_field=recipe.data.id_field, images_field=recipe.data.images_field,
+        limit=limit, keep=recipe.data.keep,
+    )  # fmt: skip
+
+
+def check_images(recipe: Recipe, shown: Sequence[PromptRecord]) -> None:
+    """Raises ConfigError when prompts have images and something of the recipe cannot take them."""
+    check_sees(recipe.model.path, shown)
 
 
 def _heldout(recipe: Recipe, split: PromptSet, adapted: Sequence[PromptRecord]) -> list[PromptRecord]:
     records = _read(recipe, split.prompts, recipe.eval.limit)
-    seen = {record.messages for record in adapted}
-    both = [record.id for record in records if record.messages in seen]
+    seen = {record.content for record in adapted}
+    both = [record.id for record in records if record.content in seen]
     if both:
         raise ConfigError(
             f"eval.heldout: {len(both)} prompts are trained on ({', '.join(both[:3])}); they are not held out"

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ttrl.config.explain import suggest
-from ttrl.config.load import bundled
 from ttrl.errors import ConfigError
+from ttrl.model_path import config_file
 
 Linear = tuple[str, int, int]
 """Name of a projection, its inputs and its outputs."""
@@ -114,8 +114,7 @@ def find_shape(path: str, size: str | None = None) -> ModelShape:
     """
     if size is not None:
         return shape_of_size(size)
-    folder = bundled(path) or Path(path)
-    file = folder / "config.json" if folder.is_dir() else _cached(path)
+    file = config_file(path)
     if file is not None:
         return read_shape(file, path)
     name = path.rstrip("/").split("/")[-1]
@@ -128,16 +127,6 @@ def find_shape(path: str, size: str | None = None) -> ModelShape:
         f"model.path {path!r}: no config.json there or in the hub cache, and not one of the known models "
         f"({', '.join(names)}).{suggest(name, names)} Plan for a size instead: --params 7B"
     )
-
-
-def _cached(path: str) -> Path | None:
-    """config.json in the local hub cache. Never goes online."""
-    if len(Path(path).parts) != 2 or path.startswith((".", "/", "~")):
-        return None
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(path, "config.json")
-    return Path(found) if isinstance(found, str) else None
 
 
 def read_shape(file: Path, path: str) -> ModelShape:
