@@ -32,9 +32,9 @@ def find_images(where: str, value: Any, folder: Path | None) -> tuple[ImageFile,
 
     Raises ConfigError naming `where` for anything else than readable PNG, JPEG or WebP files inside `folder`.
     """
-    names = [value] if isinstance(value, str) else value
-    if names is None or names == "":
+    if value is None or value == "":
         return ()
+    names = [value] if isinstance(value, str) else value
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) and name for name in names):
         raise ConfigError(
             f"{where}: images are a path or a list of paths relative to the prompts file (data.images_field names the column; "

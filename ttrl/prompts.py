@@ -131,7 +131,7 @@ def tokenize(
         try:
             ids = render(record.messages, tokenizer, template, pictures, record.images)
         except ConfigError as error:
-            raise ConfigError(f"prompt {record.id!r}: {error}") if record.images else error from None
+            raise ConfigError(f"prompt {record.id!r}: {error}") if pictures is not None else error from None
         if not ids:
             raise ConfigError(f"prompt {record.id!r} has no tokens after template {template!r}")
         if max_tokens is not None and len(ids) > max_tokens:
