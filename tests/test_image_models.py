@@ -28,7 +28,9 @@ from ttrl.model.eyes import open_eyes
 from ttrl.model.processor import Pictures, open_pictures
 from ttrl.rollout.engines import hf
 from ttrl.rollout.hf import HFEngine
+from ttrl.trainers.dealing import split
 from ttrl.trainers.forward import CompletionScorer
+from ttrl.trainers.lockstep import common, padded, shapes
 from ttrl.trainers.packing import pack
 from ttrl.types import ImageFile, PackedBatch, Prompt, Request, SamplingSpec
 
@@ -179,6 +181,30 @@ def test_pictures_side_by_side_are_refused_where_positions_need_to_tell_them_apa
             world.engine().generate([request(of, 0, SPEC)])
     else:
         assert world.engine().generate([request(of, 0, SPEC)])[0].token_ids.size
+
+
+@pytest.mark.parametrize("shared_prefix", [True, False])
+def test_ranks_run_modules_in_one_order_with_and_without_pictures(world: World, shared_prefix: bool) -> None:
+    """Under ZeRO every call of a module is a meeting of all ranks."""
+    _, [batch] = packed(world)
+    parts = split(batch)  # one prompt with a picture; one with two, and one without
+    shape = common(np.max([shapes([part], 1) for part in parts], axis=0))[0]
+    assert shape.pictures
+    model = world.load()
+    scorer = CompletionScorer(model, 1.0, shared_prefix=shared_prefix, path=str(world.folder))
+    order: list[str] = []
+    for name, module in model.named_modules():
+        module.register_forward_pre_hook(lambda *_, name=name: order.append(name))
+    seen = []
+    for part in (*parts, None):
+        order.clear()
+        together = padded(part, shape.segments)
+        scores = scorer(together, shape).logprobs
+        seen.append(list(order))
+        if part is not None:
+            torch.testing.assert_close(scores[: len(part.completion_ids)], scorer(part).logprobs, rtol=1e-5, atol=2e-5)
+    assert seen[0] == seen[1] == seen[2]
+    assert any("vis" in name for name in seen[0])
 
 
 def test_a_model_that_does_more_with_pictures_is_refused(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from ttrl.errors import ConfigError
 from ttrl.model.eyes import Seen, open_eyes
 from ttrl.model.prefix import SharedPrefix, enable_shared_prefix
 from ttrl.model.sampling import scaled
+from ttrl.trainers.lockstep import Shape
 from ttrl.types import PackedBatch, Segment
 
 LOGITS_AT_ONCE = 2**24
@@ -49,21 +50,21 @@ class CompletionScorer:
         self._body, self._head = split_head(model)
         self._vocabulary = int(model.config.get_text_config().vocab_size)
 
-    def __call__(self, batch: PackedBatch, tokens: int | None = None) -> TokenScores:
-        """With `tokens`, modules run as often as for any other batch of as many segments and up to so many completion tokens."""
+    def __call__(self, batch: PackedBatch, shape: Shape | None = None) -> TokenScores:
+        """With `shape`, modules run as often as for any other batch of as many segments under it."""
         device = self._model.device
         ids = torch.as_tensor(batch.completion_ids, dtype=torch.long, device=device)
         states, start = [], 0
         for segment in batch.segments:
             count = int(segment.lengths.sum())
-            states.append(self._segment(segment, ids[start : start + count], uniform=tokens is not None))
+            states.append(self._segment(segment, ids[start : start + count], shape))
             start += count
-        return self._score(torch.cat(states), ids, tokens or 0)
+        return self._score(torch.cat(states), ids, 0 if shape is None else shape.tokens)
 
-    def _segment(self, segment: Segment, ids: Tensor, *, uniform: bool) -> Tensor:
+    def _segment(self, segment: Segment, ids: Tensor, shape: Shape | None) -> Tensor:
         """States [n, D] that predict the n completion tokens of one segment."""
-        prompt = self._taken_in(segment, ids.device)
-        rows, longest = len(segment.lengths), max(int(segment.lengths.max()), 2 if uniform else 1)
+        prompt = self._taken_in(segment, ids.device, always=shape is not None and shape.pictures)
+        rows, longest = len(segment.lengths), max(int(segment.lengths.max()), 1 if shape is None else 2)
         lengths = torch.as_tensor(segment.lengths, dtype=torch.long, device=ids.device)
         inside = torch.arange(longest, device=ids.device)[None] < lengths[:, None]
         padded = torch.zeros((rows, longest), dtype=torch.long, device=ids.device)
@@ -82,9 +83,12 @@ class CompletionScorer:
             states = self._body(input_ids=ids, use_cache=False)[0][:, len(prompt) - 1 :]
         return states[inside]
 
-    def _taken_in(self, segment: Segment, device: torch.device) -> Tensor | Seen:
-        """The prompt as the model gets it, once per segment. Raises ConfigError for pictures that this model does not take."""
-        if not segment.images:
+    def _taken_in(self, segment: Segment, device: torch.device, *, always: bool) -> Tensor | Seen:
+        """The prompt as the model gets it, once per segment; `always` through the vision tower, without a picture too.
+
+        Raises ConfigError for pictures that this model does not take.
+        """
+        if not (segment.images or always):
             return torch.as_tensor(segment.prompt_ids, dtype=torch.long, device=device)
         if self._eyes is None:
             raise ConfigError("a prompt has images, but the model is one of text only")

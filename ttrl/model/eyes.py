@@ -61,13 +61,14 @@ class Eyes:
     def see(self, token_ids: IntArray, images: Sequence[ImageFile], prompt: int | None = None) -> Seen:
         """[C] token ids, whose first `prompt` ones (default: all) hold the image tokens of `images`.
 
-        Raises ConfigError for a model whose pictures cannot be handled, or a picture that is no longer the one it was.
+        Without images the vision tower runs on a made-up picture to no effect, so that every module runs as with one. Raises
+        ConfigError for a model whose pictures cannot be handled, or a picture that is no longer the one it was.
         """
         if self._refusal is not None or self._pictures is None:
             raise ConfigError(str(self._refusal))
-        return self._see(
-            token_ids, self._pictures.pixels(images), self._pictures, len(token_ids) if prompt is None else prompt
-        )
+        pixels = self._pictures.pixels(images) if images else self._pictures.trial().pixels
+        held = len(token_ids) if prompt is None else prompt
+        return self._see(token_ids, pixels, self._pictures, held if images else 0)
 
     def _see(self, token_ids: IntArray, pixels: Mapping[str, Any], pictures: Pictures, prompt: int) -> Seen:
         device, dtype = self._model.device, self._model.dtype
@@ -80,10 +81,13 @@ class Eyes:
             features = torch.cat(list(features), dim=0)
         embeds = self._model.get_input_embeddings()(ids)
         features = features.reshape(-1, embeds.shape[-1]).to(embeds.dtype)
-        if len(features) != int(places.sum()):
+        if prompt == 0:
+            embeds = embeds + 0.0 * features.sum()
+        elif len(features) == int(places.sum()):
+            embeds = embeds.masked_scatter(places[:, None], features)
+        else:
             raise ConfigError(f"a prompt has {int(places.sum())} image tokens, but its pictures make {len(features)}")
-        embeds = embeds.masked_scatter(places[:, None], features)
-        positions = self._positions(ids, places, held)
+        positions = self._positions(ids, places, held if prompt else {})
         return Seen(embeds=embeds, positions=positions, next_position=int(positions.max()) + 1)
 
     def _positions(self, ids: Tensor, places: Tensor, pixels: Mapping[str, Tensor]) -> Tensor:
@@ -91,7 +95,7 @@ class Eyes:
         if rope_index is None:
             return torch.arange(len(ids), device=ids.device)[None]
         grids = {name: value for name, value in pixels.items() if name.endswith("grid_thw")}
-        runs = int((places[1:] & ~places[:-1]).sum() + places[0])
+        runs = int((places[1:] & ~places[:-1]).sum() + places[:1].sum())
         if runs != sum(len(grid) for grid in grids.values()):
             raise ConfigError(
                 "pictures stand side by side with nothing between their tokens, which this model cannot count; use a chat template, "

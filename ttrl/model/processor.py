@@ -50,6 +50,7 @@ class Pictures:
         self.image_token = str(processor.image_token)
         self.image_token_id = int(processor.tokenizer.convert_tokens_to_ids(self.image_token))
         self._made: OrderedDict[tuple[str, ...], Pixels] = OrderedDict()
+        self._trial: Trial | None = None
 
     def encode(self, text: str, images: Sequence[ImageFile], *, add_special_tokens: bool) -> list[int]:
         """Token ids of a text that has one image token per picture; each becomes as many as the picture takes.
@@ -82,13 +83,17 @@ class Pictures:
         return _pixels(self._process(self.image_token * len(opened), opened, add_special_tokens=False))
 
     def trial(self) -> Trial:
-        """What the processor makes of a picture of noise."""
+        """What the processor makes of a picture of noise. Made once."""
         from PIL import Image
+
+        if self._trial is not None:
+            return self._trial
 
         noise = np.random.default_rng(0).integers(0, 256, (61, 83, 3), np.uint8)
         made = self._process(self.image_token, [Image.fromarray(noise)], add_special_tokens=False)
         types = tuple(name for name in made if name.endswith("token_type_ids"))
-        return Trial(token_ids=np.asarray(made["input_ids"]).reshape(-1), pixels=_pixels(made), types=types)
+        self._trial = Trial(token_ids=np.asarray(made["input_ids"]).reshape(-1), pixels=_pixels(made), types=types)
+        return self._trial
 
     def _process(self, text: str, opened: Sequence[Any], *, add_special_tokens: bool) -> Mapping[str, Any]:
         try:
