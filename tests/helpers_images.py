@@ -46,29 +46,33 @@ def image_tokenizer(*tokens: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def tiny_llava(seed: int = 0, **overrides: Any) -> LlavaForConditionalGeneration:
-    """CLIP and Llama, random by seed; 16 image tokens per picture."""
+def tiny_llava(
+    seed: int = 0, text: dict[str, Any] | None = None, vision: dict[str, Any] | None = None
+) -> LlavaForConditionalGeneration:
+    """CLIP and Llama, random by seed; 16 image tokens per picture. `text` and `vision` change their sizes."""
     tokenizer = image_tokenizer()
-    text = LlamaConfig(
+    language = LlamaConfig(
         **{
             **WIDE, **SPREAD, "num_key_value_heads": 2, "vocab_size": len(tokenizer), "max_position_embeddings": POSITIONS,
-            "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS, **overrides,
+            "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS, **(text or {}),
         }
     )  # fmt: skip
-    vision = CLIPVisionConfig(
-        hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=SIDE, patch_size=PATCH,
-        initializer_range=0.1, initializer_factor=3.0,
+    tower = CLIPVisionConfig(
+        **{
+            "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": SIDE,
+            "patch_size": PATCH, "initializer_range": 0.1, "initializer_factor": 3.0, **(vision or {}),
+        }
     )  # fmt: skip
     config = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        vision_config=tower, text_config=language, image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         vision_feature_layer=-1, vision_feature_select_strategy="default",
     )  # fmt: skip
     return seeded(lambda: LlavaForConditionalGeneration(config), seed)  # type: ignore[no-any-return]
 
 
-def save_tiny_llava(folder: Path, seed: int = 0) -> Path:
+def save_tiny_llava(folder: Path, seed: int = 0, **sizes: dict[str, Any]) -> Path:
     """Model and processor as `from_pretrained` wants them."""
-    model = tiny_llava(seed)
+    model = tiny_llava(seed, **sizes)
     model.generation_config = GenerationConfig(pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS)
     model.save_pretrained(folder)
     size = {"height": SIDE, "width": SIDE}
@@ -95,12 +99,13 @@ def pictures(folder: Path, count: int) -> tuple[ImageFile, ...]:
 def image_prompt(made_by: Pictures, identifier: str, images: Sequence[ImageFile], text: str = "what is it?") -> Prompt:
     """Encoded by the model's processor, pictures first."""
     marks = "-".join([made_by.image_token] * len(images))
-    ids = made_by.encode(f"<s>{marks}{text}", images, add_special_tokens=False)
+    ids, marked = made_by.encode(f"<s>{marks}{text}", images, add_special_tokens=False)
     return Prompt(
         id=identifier,
         messages=(Message(role="user", content=text),),
         token_ids=np.asarray(ids, np.int32),
         images=tuple(images),
+        marked_ids=np.asarray(marked, np.int32),
     )
 
 

@@ -174,7 +174,7 @@ def test_image_tokens_in_a_completion_are_tokens_like_others(world: World) -> No
 
 def test_pictures_side_by_side_are_refused_where_positions_need_to_tell_them_apart(world: World) -> None:
     two = world.files[:2]
-    ids = world.pictures.encode(world.pictures.image_token * 2, two, add_special_tokens=False)
+    ids, _ = world.pictures.encode(world.pictures.image_token * 2, two, add_special_tokens=False)
     of = replace(world.prompts()[0], token_ids=np.asarray(ids, np.int32), images=two)
     if hasattr(world.load().base_model, "get_rope_index"):
         with pytest.raises(ConfigError, match="side by side"):

@@ -20,12 +20,16 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from ttrl.config import Recipe, load_recipe
 from ttrl.errors import ConfigError
 from ttrl.evaluate.command import EvalCall, evaluate_model
+from ttrl.model.load import load_tokenizer
 from ttrl.model.processor import open_pictures
 from ttrl.model.weights import load_weights
+from ttrl.plan.command import PlanCall, make_plan
+from ttrl.prompts import tokenize
 from ttrl.rollout.engines import hf
 from ttrl.run import run
 from ttrl.setup import check_recipe
 from ttrl.solve import SolveCall, solve
+from ttrl.sync import canary_text
 from ttrl.trainers.packing import pack
 from ttrl.trainers.parameters import Full, LoRA
 from ttrl.types import Prompt, Sample, SamplingSpec
@@ -36,7 +40,7 @@ name: pictures
 steps: 2
 model: {{path: {model}, device: cpu}}
 data: {{prompts: prompts.jsonl, prompts_per_step: 3}}
-rollout: {{votes_per_prompt: 6, max_new_tokens: 1}}
+rollout: {{votes_per_prompt: 8, max_new_tokens: 1, temperature: 0.4}}
 reward:
   use: majority_vote
   with: {{extractor: label, options: {{labels: [{labels}]}}, truncated_votes: true}}
@@ -184,3 +188,21 @@ def test_a_text_model_is_told_before_anything_is_loaded(model: Path, tmp_path: P
     check_recipe(recipe_of(tmp_path, model))
     with pytest.raises(ConfigError, match=words):
         solve(SolveCall(model=str(tiny_model_dir), prompts=str(tmp_path / "prompts.jsonl")))
+
+
+def test_a_plan_says_what_it_does_not_count(model: Path, tmp_path: Path) -> None:
+    made = make_plan(recipe_of(tmp_path, model), PlanCall())
+    assert "6 prompts have images, whose tokens are not counted" in "\n".join(made.notes)
+    assert "its vision tower is not counted" in made.shape.source
+
+
+def test_the_canary_has_no_image_tokens_and_pictures_are_not_dropped_silently(model: Path, tmp_path: Path) -> None:
+    one, two, none = prompts(model, tmp_path / "pictures")
+    canary = canary_text([one, two, none], None)
+    image = open_pictures(str(model)).image_token_id
+    assert image not in canary and len(canary) == len(none.token_ids) + sum(
+        int((p.token_ids != image).sum()) for p in (one, two)
+    )
+    records = check_recipe(recipe_of(tmp_path, model)).records
+    with pytest.raises(ConfigError, match=r"'0\.png' has images, which are not read here"):
+        tokenize(records, load_tokenizer(str(model)), "chat", None)

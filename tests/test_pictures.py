@@ -193,8 +193,9 @@ class Places:
     def __init__(self) -> None:
         self.tokenizer = image_tokenizer()
 
-    def encode(self, text: str, images: Any, *, add_special_tokens: bool) -> list[int]:
-        return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
+    def encode(self, text: str, images: Any, *, add_special_tokens: bool) -> tuple[list[int], list[int]]:
+        ids = list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
+        return ids, ids
 
 
 @pytest.mark.parametrize("template", ["chat", "boxed", "raw", "file"])
@@ -226,7 +227,9 @@ def test_image_tokens_are_counted_and_cannot_be_forged(tmp_path: Path) -> None:
     two, plain = tokenize(records, tokenizer, "chat", None, processor)
     image = processor.image_token_id
     assert int((two.token_ids == image).sum()) == 2 * TOKENS
-    assert not (plain.token_ids == image).any()
+    assert not (plain.token_ids == image).any() and plain.marked_ids is None
+    assert two.marked_ids is not None and int((two.marked_ids == image).sum()) == 2
+    np.testing.assert_array_equal(two.marked_ids[two.marked_ids != image], two.token_ids[two.token_ids != image])
     np.testing.assert_array_equal(plain.token_ids, tokenize(records[1:], tokenizer, "chat", None)[0].token_ids)
     blind: Any = image_tokenizer()
     blind.chat_template = "{% for message in messages %}hello{% endfor %}"

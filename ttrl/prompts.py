@@ -21,7 +21,7 @@ from ttrl.config.explain import suggest
 from ttrl.config.load import bundled
 from ttrl.errors import ConfigError
 from ttrl.pictures import find_images, place_images
-from ttrl.templates import render
+from ttrl.templates import render, render_images
 from ttrl.types import ImageFile, Message, Prompt
 
 if TYPE_CHECKING:
@@ -128,10 +128,17 @@ def tokenize(
     """
     prompts = []
     for record in records:
-        try:
-            ids = render(record.messages, tokenizer, template, pictures, record.images)
-        except ConfigError as error:
-            raise ConfigError(f"prompt {record.id!r}: {error}") if pictures is not None else error from None
+        if pictures is None:
+            if record.images:
+                raise ConfigError(
+                    f"prompt {record.id!r} has images, which are not read here; data.images_field: null leaves them out"
+                )
+            ids = marked = render(record.messages, tokenizer, template)
+        else:
+            try:
+                ids, marked = render_images(record.messages, tokenizer, template, pictures, record.images)
+            except ConfigError as error:
+                raise ConfigError(f"prompt {record.id!r}: {error}") from None
         if not ids:
             raise ConfigError(f"prompt {record.id!r} has no tokens after template {template!r}")
         if max_tokens is not None and len(ids) > max_tokens:
@@ -142,7 +149,7 @@ def tokenize(
         prompts.append(
             Prompt(
                 id=record.id, messages=record.messages, token_ids=np.asarray(ids, np.int32), images=record.images,
-                meta=record.meta,
+                marked_ids=np.asarray(marked, np.int32) if record.images else None, meta=record.meta,
             )
         )  # fmt: skip
     return prompts

@@ -81,6 +81,7 @@ def check_recipe(recipe: Recipe) -> Checked:
     attempt(lambda: check_sinks(recipe))
     attempt(lambda: check_cluster(recipe.cluster))
     attempt(lambda: check_transport(recipe))
+    attempt(lambda: _check_engine(recipe))
     if reward is not None and recipe.rollout.votes_per_prompt < reward.min_votes:
         problems.append(
             f"rollout.votes_per_prompt is {recipe.rollout.votes_per_prompt}, but the reward needs at least {reward.min_votes}"
@@ -201,6 +202,19 @@ def _read(recipe: Recipe, path: str, limit: int | None) -> list[PromptRecord]:
         path, prompt_field=recipe.data.prompt_field, id_field=recipe.data.id_field, images_field=recipe.data.images_field,
         limit=limit, keep=recipe.data.keep,
     )  # fmt: skip
+
+
+def _check_engine(recipe: Recipe) -> None:
+    engine = recipe.rollout.engine
+    if (
+        engine.use == "vllm"
+        and engine.options.get("implementation") == "transformers"
+        and recipe.cluster.backend == "local"
+    ):
+        raise ConfigError(
+            "rollout.engine vllm with implementation: transformers changes transformers in its process, where the trainer needs it "
+            "unchanged; set cluster.backend: ray, which gives the engine a process of its own"
+        )
 
 
 def check_images(recipe: Recipe, shown: Sequence[PromptRecord]) -> None:

@@ -45,21 +45,25 @@ def describe(template: str) -> str:
     return f"{Path(template).name} {hashlib.sha256(_read(template).encode()).hexdigest()[:16]}"
 
 
-def render(
-    messages: Sequence[Message], tokenizer: Tokenizer, template: str, pictures: Pictures | None = None,
-    images: Sequence[ImageFile] = (),
-) -> list[int]:  # fmt: skip
-    """Token ids of the prompt, special tokens included, and as many image tokens as the pictures take.
+def render(messages: Sequence[Message], tokenizer: Tokenizer, template: str) -> list[int]:
+    """Token ids of the prompt, special tokens included.
 
     `chat`, `boxed`, `choice` use the tokenizer's chat template (the latter two append an instruction to the last user turn);
-    `raw` and text files encode plain text and take a single user turn only. With `pictures` every turn is given to the chat template
-    as parts, and the marks of `images` become the model's own image tokens. Raises ConfigError.
+    `raw` and text files encode plain text and take a single user turn only. Raises ConfigError.
+    """
+    chat = template in INSTRUCTIONS  # the template wrote the special tokens itself
+    return tokenizer.encode(_text(messages, tokenizer, template, None), add_special_tokens=not chat)
+
+
+def render_images(
+    messages: Sequence[Message], tokenizer: Tokenizer, template: str, pictures: Pictures, images: Sequence[ImageFile]
+) -> tuple[list[int], list[int]]:
+    """As `render`, for a vision-language model: with as many image tokens as the pictures take, and with one for each.
+
+    Every turn is given to the chat template as parts, and the marks of `images` become the model's own image tokens.
     """
     text = _text(messages, tokenizer, template, pictures)
-    chat = template in INSTRUCTIONS  # the template wrote the special tokens itself
-    if pictures is not None:
-        return pictures.encode(text, images, add_special_tokens=not chat)
-    return tokenizer.encode(text, add_special_tokens=not chat)
+    return pictures.encode(text, images, add_special_tokens=template not in INSTRUCTIONS)
 
 
 def _text(messages: Sequence[Message], tokenizer: Tokenizer, template: str, pictures: Pictures | None) -> str:

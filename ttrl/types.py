@@ -61,6 +61,8 @@ class Prompt:
     """[P] what the engine is given: template applied, special tokens included, and as many image tokens as the pictures take."""
     images: tuple[ImageFile, ...] = ()
     """In the order of their image tokens."""
+    marked_ids: IntArray | None = None
+    """As `token_ids`, but with one image token per picture: for engines that count image tokens themselves. None without pictures."""
     meta: Mapping[str, Any] = field(default_factory=lambda: _EMPTY)
     """Other columns of the prompts file that the recipe asked to keep (never labels)."""
 

@@ -52,8 +52,10 @@ class Pictures:
         self._made: OrderedDict[tuple[str, ...], Pixels] = OrderedDict()
         self._trial: Trial | None = None
 
-    def encode(self, text: str, images: Sequence[ImageFile], *, add_special_tokens: bool) -> list[int]:
-        """Token ids of a text that has one image token per picture; each becomes as many as the picture takes.
+    def encode(
+        self, text: str, images: Sequence[ImageFile], *, add_special_tokens: bool
+    ) -> tuple[list[int], list[int]]:
+        """Token ids of a text that has one image token per picture: with as many as each picture takes, and as it stands.
 
         Raises ConfigError when the text has another number of image tokens, or a picture cannot be opened or processed.
         """
@@ -63,12 +65,12 @@ class Pictures:
                 f"after its template it has {found} image tokens ({self.image_token}) for {len(images)} pictures: the template does "
                 "not place pictures, or the text itself holds the token"
             )
-        tokenizer = self._processor.tokenizer
+        marked = list(self._processor.tokenizer.encode(text, add_special_tokens=add_special_tokens))
         if not images:
-            return list(tokenizer.encode(text, add_special_tokens=add_special_tokens))
+            return marked, marked
         made = self._process(text, [open_image(image) for image in images], add_special_tokens=add_special_tokens)
         self._keep(tuple(image.digest for image in images), _pixels(made))
-        return [int(token) for token in np.asarray(made["input_ids"]).reshape(-1)]
+        return [int(token) for token in np.asarray(made["input_ids"]).reshape(-1)], marked
 
     def pixels(self, images: Sequence[ImageFile]) -> Pixels:
         """The tensors of these pictures, in order. Raises ConfigError when a file is no longer what it was."""

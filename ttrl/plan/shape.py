@@ -141,6 +141,7 @@ def read_shape(file: Path, path: str) -> ModelShape:
     remedy = "give the size instead: --params 7B"
     if not isinstance(config, dict):
         raise ConfigError(f"{where}: {file.name} is not a JSON object; {remedy}")
+    seeing = "; its vision tower is not counted" if config.get("vision_config") else ""
     config = config.get("text_config") or config
     kind = str(config.get("model_type", "unknown"))
     if any(config.get(key) for key in _MIXTURE):
@@ -161,7 +162,7 @@ def read_shape(file: Path, path: str) -> ModelShape:
         qkv_bias=kind == "qwen2" or bool(config.get("attention_bias")), qk_norm=kind == "qwen3",
         shared_prefix=not set(config.get("layer_types") or ()) - {"full_attention"},
         positions=config.get("max_position_embeddings"),
-        source="config.json" if kind in GATED else f"config.json (type {kind}, counted as if it were llama)",
+        source=("config.json" if kind in GATED else f"config.json (type {kind}, counted as if it were llama)") + seeing,
     )  # fmt: skip
 
 
