@@ -14,6 +14,8 @@ from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
     GenerationConfig,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -175,6 +177,48 @@ def save_tiny_qwen(folder: Path, seed: int = 0) -> Path:
         image_token_id=image, video_token_id=video, vision_start_token_id=start, vision_end_token_id=end,
     )  # fmt: skip
     model = seeded(lambda: Qwen2_5_VLForConditionalGeneration(config), seed)
+    model.generation_config = GenerationConfig(pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+class InternVLProcessor:
+    """One tile of four tokens between two others per picture. The class of transformers needs torchvision, for videos alone."""
+
+    image_token = "<IMG_CONTEXT>"
+
+    def __init__(self) -> None:
+        self.tokenizer = image_tokenizer(*INTERNVL_TOKENS)
+
+    def image_processor(self, images: list[Any], **_: Any) -> dict[str, torch.Tensor]:
+        pixels = [np.array(image.resize((SIDE, SIDE)), np.float32) / 127.5 - 1 for image in images]
+        return {"pixel_values": torch.as_tensor(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()}
+
+    def __call__(self, text: list[str], images: list[Any], **_: Any) -> dict[str, torch.Tensor]:
+        whole = text[0].replace(self.image_token, "<img>" + "\0" * 4 + "</img>").replace("\0", self.image_token)
+        ids = self.tokenizer(whole, add_special_tokens=False, return_tensors="pt")
+        return {**ids, **self.image_processor(images)}
+
+
+INTERNVL_TOKENS = ("<IMG_CONTEXT>", "<img>", "</img>")
+
+
+def save_tiny_internvl(folder: Path, seed: int = 0) -> Path:
+    """InternVL: a quarter of the patches becomes tokens; Qwen2 reads them. No processor files."""
+    tokenizer = image_tokenizer(*INTERNVL_TOKENS)
+    config = InternVLConfig(
+        vision_config={
+            "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "image_size": [SIDE, SIDE], "patch_size": [PATCH, PATCH], "initializer_range": 0.1, "layer_scale_init_value": 1.0,
+        },
+        text_config={
+            **WIDE, **SPREAD, "model_type": "qwen2", "num_key_value_heads": 2, "vocab_size": len(tokenizer),
+            "max_position_embeddings": POSITIONS, "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS,
+        },
+        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"), image_seq_length=4,
+    )  # fmt: skip
+    model = seeded(lambda: InternVLForConditionalGeneration(config), seed)
     model.generation_config = GenerationConfig(pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
