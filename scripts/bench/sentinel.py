@@ -31,8 +31,8 @@ SMALL = (
 GUARD = "guards=[{use: sentinel, with: {action: rollback, snapshot_every: 2}}]"
 HEALTHY = ("lab/loo-vote", "lab/soft-vote", "lab/selective", "lab/rpc-vote")
 STEPS = 6
-PLAIN_STEPS = 2
-"""Of the unguarded collapse, evaluated after every step: it is over after one."""
+PLAIN_STEPS = 10
+"""Of the unguarded collapse, evaluated after every step."""
 
 
 def once(recipe: str, seed: int, *changes: str) -> dict[str, Any]:
