@@ -10,9 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ttrl.config.schema import Plug
-from ttrl.protocols import LabelledReward, Reward, RewardContext, Stateful, StepReward
+from ttrl.protocols import LabelledReward, Reward, RewardContext, Stateful
 from ttrl.registry import build
 from ttrl.rewards.reader import AnswerReader, reader_of
+from ttrl.together import StepReward
 from ttrl.types import Group, Scored
 
 EPS = 1e-7

@@ -18,11 +18,12 @@ import numpy as np
 
 from ttrl.contract import check_scored
 from ttrl.errors import ConfigError, PluginError
-from ttrl.protocols import Reward, RewardContext, StepReward
+from ttrl.protocols import Reward, RewardContext
 from ttrl.registry import resolve
 from ttrl.rewards.reader import AnswerReader
 from ttrl.rewards.vote import decide
 from ttrl.seeds import derive
+from ttrl.together import StepReward
 from ttrl.types import Finish, Group, Message, Prompt, Rollout, Scored, WeightStamp
 
 UNKNOWN_WEIGHTS = WeightStamp(version=0, fingerprint="trl")

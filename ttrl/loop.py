@@ -21,12 +21,13 @@ from ttrl.journal import Journal, Progress, StepClock, recall, remember
 from ttrl.metrics import MetricSet
 from ttrl.objectives import StepObjective
 from ttrl.parts import Parts
-from ttrl.protocols import RewardContext, Sampler, Stateful, StepReward
+from ttrl.protocols import RewardContext, Sampler, Stateful
 from ttrl.rewards.probes import judged
 from ttrl.rewards.reader import reader_of
 from ttrl.rollout.flat import FlatSampler
 from ttrl.seeds import derive
 from ttrl.stepmetrics import agreement, reward_metrics, rollout_metrics
+from ttrl.together import StepReward
 from ttrl.trainers.packing import pack, split_updates
 from ttrl.types import Group, PackedBatch, Sample, Scored, StepStats
 

@@ -205,16 +205,6 @@ class Reward(Protocol):
 
 
 @runtime_checkable
-class StepReward(Protocol):
-    """Optional, in addition to `Reward`: labels that depend on more than one group. The training loop hands it the groups of a step
-    together; the linter, the contract kit and `ttrl solve` still call it with one."""
-
-    def score_step(self, groups: Sequence[Group], contexts: Sequence[RewardContext]) -> list[Scored]:
-        """One Scored per group, in order."""
-        ...
-
-
-@runtime_checkable
 class ExplainedReward(Protocol):
     """Optional: a reward that is a sum can show its terms. `ttrl check` then looks at each of them (see `ttrl.lint`)."""
 
@@ -352,6 +342,6 @@ Phase = Callable[[str], AbstractContextManager[None]]
 
 __all__ = [
     "Classify", "Engine", "ExplainedReward", "ForwardOut", "Gate", "LabelledReward", "LossOut", "Objective", "Phase", "Pool",
-    "RemoteWeights", "Reward", "RewardContext", "Sampler", "Source", "Stateful", "StepReward", "StopCheck",
+    "RemoteWeights", "Reward", "RewardContext", "Sampler", "Source", "Stateful", "StopCheck",
     "TensorBatch", "Trainer", "WeightSource", "WeightStamp",
 ]  # fmt: skip

@@ -26,7 +26,6 @@ from ttrl.protocols import (
     Sampler,
     Source,
     Stateful,
-    StepReward,
 )  # fmt: skip
 from ttrl.registry import build, check, resolve
 from ttrl.rewards.reader import AnswerReader, reader_of
@@ -35,6 +34,7 @@ from ttrl.rewards.views import Views
 from ttrl.sinks import check_sinks
 from ttrl.sources import partners
 from ttrl.templates import check_template
+from ttrl.together import StepReward
 from ttrl.trainers.dsconfig import check_deepspeed
 from ttrl.trainers.stabilizers.check import check_stabilizers
 from ttrl.types import Rollout
