@@ -81,7 +81,8 @@ class Restrain:
         counts = np.bincount([c for c in ballot.classes if c != NO_ANSWER], minlength=len(ballot.forms))
         size = len(ballot.classes)
         shares = counts / size
-        weights = np.exp(-((shares - self._centre) ** 2) / (2 * self._width**2))
+        exponents = -((shares - self._centre) ** 2) / (2 * self._width**2)
+        weights = np.exp(exponents - exponents.max())  # a narrow g is 0 in floating point for every answer
         weights /= math.fsum(weights)
         scales = weights / (np.sqrt(shares * (1 - shares) * size / max(1, size - 1)) + EPS)
         scales[counts == size] = 0.0  # all agree: no advantage under this label

@@ -147,8 +147,8 @@ def test_restrain_is_the_weighted_sum_of_advantages(answers: list[str], width: f
 def test_a_narrow_gaussian_is_the_majority_vote() -> None:
     answers = ["5"] * 5 + ["7"] * 2 + ["8"]
     vote = grpo(np.asarray([float(a == "5") for a in answers]))
-    narrow = Restrain(width=0.05)(make_group(boxed(answers)), context())
-    assert narrow.rewards == pytest.approx(vote, abs=1e-6)
+    for width in (0.05, 1e-3, 1e-9):
+        assert Restrain(width=width)(make_group(boxed(answers)), context()).rewards == pytest.approx(vote, abs=1e-6)
     wide = Restrain(width=1e6)(make_group(boxed(answers)), context())  # every answer counts alike: the rarest pays best
     assert wide.rewards[-1] > wide.rewards[0]
 
