@@ -13,6 +13,7 @@ from ttrl.config.schema import Plug
 from ttrl.protocols import LabelledReward, Reward, RewardContext, Stateful
 from ttrl.registry import build
 from ttrl.rewards.reader import AnswerReader, reader_of
+from ttrl.together import StepReward
 from ttrl.types import Group, Scored
 
 EPS = 1e-7
@@ -48,6 +49,10 @@ class LengthPenalty:
         if not 0.0 < coefficient < 1.0:
             raise ValueError(f"coefficient must lie between 0 and 1, got {coefficient}")
         self._inner: Reward = build("reward", Plug.model_validate({"use": of, "with": options or {}}))
+        if isinstance(self._inner, StepReward):
+            raise ValueError(
+                f"length_penalty scores one group at a time, but {of!r} looks at the groups of a step together"
+            )
         self._coefficient = coefficient
         self.needs: frozenset[str] = self._inner.needs
         self.min_votes: int = self._inner.min_votes

@@ -23,6 +23,7 @@ from ttrl.registry import resolve
 from ttrl.rewards.reader import AnswerReader
 from ttrl.rewards.vote import decide
 from ttrl.seeds import derive
+from ttrl.together import StepReward
 from ttrl.types import Finish, Group, Message, Prompt, Rollout, Scored, WeightStamp
 
 UNKNOWN_WEIGHTS = WeightStamp(version=0, fingerprint="trl")
@@ -34,6 +35,10 @@ class GroupReward:
     def __init__(self, reward: Reward, num_generations: int | None, eos: frozenset[int] | None, seed: int) -> None:
         if unknown := sorted(reward.needs):
             raise ValueError(f"the reward needs {', '.join(unknown)}, which TRL does not hand to reward functions")
+        if isinstance(reward, StepReward):
+            raise ValueError(
+                "the reward looks at the groups of a step together, but TRL hands over one group at a time"
+            )
         self._reward, self._size, self._eos, self._seed = reward, num_generations, eos, seed
         self.__name__ = type(reward).__name__
         """The name under which TRL logs it."""
@@ -54,6 +59,10 @@ class GroupReward:
             group = self._group(prompts[start], completions[start:stop], completion_ids[start:stop])
             scored = self._reward(group, RewardContext(step=step, seed=derive(self._seed, step, group.prompt.id)))
             check_scored(scored, group)
+            if scored.token_rewards is not None:
+                raise PluginError(
+                    "the reward pays single tokens, which TRL's reward functions cannot (restrain: set penalty: 0)"
+                )
             paid += [float(r) if t else None for r, t in zip(scored.rewards, scored.train, strict=True)]
             if log_metric is not None:
                 log_metric(f"{self.__name__}/share", scored.share)

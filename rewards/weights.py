@@ -50,6 +50,21 @@ def mean_entropies(rollouts: Sequence[Rollout]) -> Weights:
     )
 
 
+def class_entropies(rollouts: Sequence[Rollout], classes: Sequence[int]) -> tuple[dict[int, float], float]:
+    """Class -> mean over its rollouts of their mean entropy per token, and that mean over all rollouts with an answer (0 for none).
+
+    In nats; exactly rounded sums, so the order of the rollouts decides no comparison. Raises ValueError as `mean_entropies`.
+    """
+    entropies = mean_entropies(rollouts).tolist()
+    members: dict[int, list[float]] = {}
+    for value, c in zip(entropies, classes, strict=True):
+        if c != NO_ANSWER:
+            members.setdefault(c, []).append(value)
+    everyone = [value for values in members.values() for value in values]
+    means = {c: math.fsum(values) / len(values) for c, values in sorted(members.items())}
+    return means, math.fsum(everyone) / max(1, len(everyone))
+
+
 def mean_self_certainties(rollouts: Sequence[Rollout]) -> Weights:
     """[V] mean over the tokens of KL(U || p_t) in nats, >= 0 (arXiv 2502.18581). An empty rollout gets 0. Raises ValueError when
     the sampler did not record it. As a weight it stands for itself: an exponential of it would give one vote everything."""

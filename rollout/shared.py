@@ -1,28 +1,31 @@
 """Weights within one machine: memory that the sender and the workers share, and a socket for each worker that says what is in it.
 
 The memory has two halves. One is filled while the workers load the other, tensors are copied into it once, and the workers read them
-from where they are. It has no name, so nothing is left behind whatever ends; it goes when the sync is over.
+from where they are. A tensor that is larger than a half takes the whole memory, which is as large as the largest tensor at least: so
+no worker has to put one together in memory of its own. The memory is kept from sync to sync, because asking the system for shared
+pages takes ten times as long as filling them. It has no name, so nothing is left behind whatever ends.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import mmap
 import os
 import socket
 import struct
 import tempfile
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ttrl.cluster import Cluster, Lost
-from ttrl.model.buckets import Bucket, Entry, pack_buckets
+from ttrl.model.buckets import Bucket, Entry, Memory, pack_buckets
 from ttrl.protocols import RemoteWeights, WeightSource
 from ttrl.rollout.delivery import Arrival, Interrupted, ObjectStore, Receipt
 
@@ -30,7 +33,9 @@ SLOTS = 2
 GRACE_SECONDS = 10.0
 """How long workers that left may take to say why."""
 _POLL_SECONDS = 0.2
-_SHAPE, _LENGTH = struct.Struct("<QI"), struct.Struct("<I")
+WIDEST = 4
+"""Bytes of an element at most; wider ones may be cut."""
+_SHAPE, _LENGTH = struct.Struct("<QQ"), struct.Struct("<I")
 _DONE = b"\x01"
 
 
@@ -41,6 +46,7 @@ class SharedMemory:
         self._nodes = nodes
         self._elsewhere = ObjectStore(nodes, bucket_bytes)
         self._slot_bytes = max(1, bucket_bytes // 2)  # small enough to be in a cache when it is read
+        self._room: Room | None = None
 
     def send(self, workers: Sequence[Any], source: WeightSource) -> list[Receipt]:
         """A lost worker does not disturb the others."""
@@ -54,7 +60,7 @@ class SharedMemory:
             refs = {
                 i: workers[i].load_shared.remote(path, seconds) for i, v in found.items() if not isinstance(v, Lost)
             }
-            with Sender(self._connected(listener, list(refs.values())), self._slot_bytes, seconds) as sender:
+            with Sender(self._connected(listener, list(refs.values())), self._room_for(source), seconds) as sender:
                 sender.send(source)
                 whole = len(sender) == len(refs)
         loaded = self._nodes.settle(list(refs.values()), seconds=seconds if whole else GRACE_SECONDS, what=what)
@@ -62,6 +68,13 @@ class SharedMemory:
         ends = {i: workers[i].end_load.remote() for i, value in found.items() if value is True}
         ended = dict(zip(ends, self._nodes.settle(list(ends.values()), seconds=seconds, what=what), strict=True))
         return [_receipt(found[i], ended.get(i)) for i in range(len(workers))]
+
+    def _room_for(self, source: WeightSource) -> Room:
+        """That of the sync before, unless a tensor has grown. Calls of `send` follow one another, so nobody else uses it."""
+        nbytes = room_bytes(source, self._slot_bytes)
+        if self._room is None or len(self._room.memory) < nbytes:
+            self._room = Room(self._slot_bytes, nbytes)
+        return self._room
 
     def _all_here(self, workers: Sequence[Any]) -> bool:
         if not hasattr(os, "memfd_create"):  # Linux has it
@@ -83,6 +96,22 @@ class SharedMemory:
         return found
 
 
+def room_bytes(source: WeightSource, slot_bytes: int) -> int:
+    """Bytes of memory for a source: two slots, or its largest tensor. Only what is written to becomes real memory."""
+    return max(SLOTS * slot_bytes, *(WIDEST * math.prod(shape) for shape in source.manifest.values()), 0)
+
+
+class Room:
+    """Memory without a name that other processes can map, given its file."""
+
+    def __init__(self, slot_bytes: int, nbytes: int) -> None:
+        self.slot_bytes = slot_bytes
+        self.file = os.memfd_create("ttrl-weights")
+        weakref.finalize(self, os.close, self.file)
+        os.ftruncate(self.file, nbytes)
+        self.memory: Memory = np.frombuffer(mmap.mmap(self.file, nbytes), np.uint8)
+
+
 def _listen(folder: Path) -> socket.socket:
     """In a folder that only this user can enter."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -102,20 +131,15 @@ def _receipt(loaded: Any, ended: Any) -> Receipt:
 class Sender:
     """Our end. Workers that fail to answer are left out from then on."""
 
-    def __init__(self, connections: Sequence[socket.socket], bucket_bytes: int, seconds: float) -> None:
-        self._bytes, self._number = bucket_bytes, 0
+    def __init__(self, connections: Sequence[socket.socket], room: Room, seconds: float) -> None:
+        self._memory, self._bytes, self._slot = room.memory, room.slot_bytes, 0
+        self._whole = False
+        """the bucket told last is larger than a slot"""
         self._unanswered = dict.fromkeys(connections, 0)
         """buckets that a worker was told of and has not finished"""
-        size = SLOTS * bucket_bytes
-        file = os.memfd_create("ttrl-weights")
-        try:
-            os.ftruncate(file, size)
-            self._memory = np.frombuffer(mmap.mmap(file, size), np.uint8)
-            for connection in connections:
-                connection.settimeout(seconds)
-                socket.send_fds(connection, [_SHAPE.pack(bucket_bytes, SLOTS)], [file])
-        finally:
-            os.close(file)
+        for connection in connections:
+            connection.settimeout(seconds)
+            socket.send_fds(connection, [_SHAPE.pack(room.slot_bytes, len(room.memory))], [room.file])
 
     def __enter__(self) -> Sender:
         return self
@@ -130,19 +154,20 @@ class Sender:
 
     def send(self, source: WeightSource) -> None:
         """Everything, until the last bucket was loaded by everyone that is left."""
-        for bucket in pack_buckets(iter(source), self._bytes, room=self._room):
+        for bucket in pack_buckets(iter(source), self._bytes, room=self._room, uncut_bytes=len(self._memory)):
             if not self._unanswered:
                 return
             self._tell(json.dumps([astuple(entry) for entry in bucket.entries]).encode())
-            self._number += 1
+            self._slot = (self._slot + 1) % SLOTS
         self._wait(0)
         self._tell(b"")
 
-    def _room(self) -> npt.NDArray[np.uint8]:
-        """The next slot, once nobody reads it any more."""
-        self._wait(SLOTS - 1)
-        start = self._number % SLOTS * self._bytes
-        return self._memory[start : start + self._bytes]
+    def _room(self, nbytes: int) -> Memory:
+        """The next slot, or all for what is larger, once nobody reads there any more."""
+        whole = nbytes > self._bytes
+        self._wait(0 if whole or self._whole else SLOTS - 1)
+        self._whole = whole
+        return _place(self._memory, self._slot, self._bytes, nbytes)
 
     def _tell(self, message: bytes) -> None:
         for connection in list(self._unanswered):
@@ -170,6 +195,13 @@ class Sender:
         connection.close()
 
 
+def _place(memory: Memory, slot: int, slot_bytes: int, nbytes: int) -> Memory:
+    """Where a bucket of `nbytes` lies whose turn is `slot`; the same for both ends."""
+    if nbytes > slot_bytes:
+        return memory[:nbytes]
+    return memory[slot * slot_bytes : (slot + 1) * slot_bytes]
+
+
 def receive(path: str, seconds: float) -> Iterator[Bucket]:
     """The worker's end: each bucket is valid until the next one is asked for. Raises OSError when the sender left."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
@@ -178,20 +210,19 @@ def receive(path: str, seconds: float) -> Iterator[Bucket]:
         told, files, *_ = socket.recv_fds(connection, _SHAPE.size, 1)
         if len(told) < _SHAPE.size or not files:
             raise ConnectionError("the sender of weights left")
-        size, slots = _SHAPE.unpack(told)
+        slot_bytes, size = _SHAPE.unpack(told)
         try:
-            memory = np.frombuffer(mmap.mmap(files[0], size * slots, prot=mmap.PROT_READ), np.uint8)
+            memory = np.frombuffer(mmap.mmap(files[0], size, prot=mmap.PROT_READ), np.uint8)
         finally:
             os.close(files[0])
-        number = 0
+        slot = 0
         while length := _LENGTH.unpack(_exactly(connection, _LENGTH.size))[0]:
             entries = tuple(
                 Entry(name, dtype, tuple(shape), *rest)
                 for name, dtype, shape, *rest in json.loads(_exactly(connection, length))
             )
-            start = number % slots * size
-            yield Bucket(entries, memory[start : start + size])
-            number += 1
+            yield Bucket(entries, _place(memory, slot, slot_bytes, max(e.start + e.nbytes for e in entries)))
+            slot = (slot + 1) % SLOTS
             connection.sendall(_DONE)
 
 

@@ -39,6 +39,12 @@ VARIANTS: list[dict[str, Any]] = [
     {"use": "frequency_entropy"},
     {"use": "frequency_entropy", "with": {"leave_one_out": True, "normalised": False}},
     {"use": "selective"},
+    {"use": "selective", "with": {"shaping": "entropy", "rare_share": 0.3}},
+    {"use": "novelty", "with": {"ngram": 1}},
+    {"use": "restrain"},
+    {"use": "restrain", "with": {"least": 1, "prompt_weights": True}},
+    {"use": "distribution"},
+    {"use": "views"},
     {"use": "random"},
     {"use": "incorrect"},
     {"use": "frozen"},
@@ -91,8 +97,8 @@ def test_every_reward_keeps_the_rules(variant: dict[str, Any], answers: list[str
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_nobody_trains_where_no_two_agree(variant: dict[str, Any]) -> None:
-    if variant["use"] in ("random", "gold"):
-        pytest.skip("does not need agreement")
+    if variant["use"] in ("random", "gold", "restrain"):
+        pytest.skip("does not need agreement; restrain pushes such groups down, see test_beyond")
     scored = make(variant)(group_of(["1", "2", "3", "4", "5", "6", "7", "8"]), context())
     assert scored.label is None
     assert not scored.train.any()
@@ -203,15 +209,15 @@ def test_entropy_of_counts() -> None:
 
 def test_selective_pays_clear_votes_and_fines_rare_uncertain_answers() -> None:
     answers, unsure = [5, 5, 5, 5, 7, 7, 8, 9], [1, 1, 1, 1, 1, 1, 1, 3]
-    scored = Selective()(make_group(boxed(answers), entropies=unsure), context())
+    scored = Selective(rare_share=0.15)(make_group(boxed(answers), entropies=unsure), context())
     assert scored.rewards.tolist() == [1, 1, 1, 1, 0, 0, 0, -1]
     assert (scored.label, scored.share, scored.margin) == ("5", 0.5, 0.25)
     # the vote is not clear, but what is rare and uncertain can still be told to go
-    weak = Selective(min_share=0.6)(make_group(boxed(answers), entropies=unsure), context())
+    weak = Selective(min_share=0.6, rare_share=0.15)(make_group(boxed(answers), entropies=unsure), context())
     assert (weak.label, weak.rewards.tolist(), weak.train.all()) == (None, [0] * 7 + [-1], True)
-    neither = Selective(min_share=0.6)(make_group(boxed(answers), entropies=[1] * 8), context())
+    neither = Selective(min_share=0.6, rare_share=0.15)(make_group(boxed(answers), entropies=[1] * 8), context())
     assert neither.label is None and not neither.train.any()
-    silent = Selective()(make_group(boxed([*answers[:7], 9, ""]), entropies=[*unsure, 0]), context())
+    silent = Selective(rare_share=0.15)(make_group(boxed([*answers[:7], 9, ""]), entropies=[*unsure, 0]), context())
     assert silent.rewards.tolist() == [1, 1, 1, 1, 0, 0, 0, -1, -1]
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +13,12 @@ import torch
 from helpers_torch import one_update, prompt, samples, section, trainer
 
 from ttrl.errors import EngineError
-from ttrl.model.buckets import KeptWeights, lent, pack_buckets, unpack
+from ttrl.model.buckets import KeptWeights, Unpacker, lent, pack_buckets, unpack
 from ttrl.model.weights import Intake, NamedTensors, load_weights
 from ttrl.protocols import WeightSource
 from ttrl.rollout.hf import HFEngine
 from ttrl.rollout.pool import LocalPool
+from ttrl.rollout.shared import Room, Sender, _listen, receive, room_bytes
 from ttrl.sync import CANARY_TOKENS, WeightLink, canary_text
 from ttrl.trainers.parameters import LoRA
 from ttrl.trainers.torch_backend import TorchTrainer
@@ -164,6 +167,38 @@ def test_buckets_hold_what_was_put_in(size: int) -> None:
         for name, tensor in tensors.items():
             assert found[name].dtype == tensor.dtype
             assert torch.equal(found[name], tensor)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_shared_memory_cuts_no_tensor_and_overwrites_none_that_is_read(tmp_path: Path, workers: int) -> None:
+    """Slots of 64 bytes, tensors of up to 400: the largest takes all of the memory, and workers of any pace see the same."""
+    tensors = {str(k): torch.arange(n, dtype=torch.float32) + k for k, n in enumerate((3, 100, 2, 16, 17, 0, 40, 1, 1))}
+    source = NamedTensors(1, {name: tuple(t.shape) for name, t in tensors.items()}, lambda: iter(tensors.items()))
+    assert room_bytes(source, 64) == 400
+    assert room_bytes(source, 1024) == 2048
+    room = Room(64, room_bytes(source, 64))
+    with _listen(tmp_path) as listener, ThreadPoolExecutor(workers) as threads:
+        for _ in range(2):  # the same memory for the next sync
+            loads = [threads.submit(read_slowly, listener.getsockname(), 0.002 * k) for k in range(workers)]
+            connections = [listener.accept()[0] for _ in range(workers)]
+            with Sender(connections, room, 10.0) as sender:
+                sender.send(source)
+                assert len(sender) == workers
+            for load in loads:
+                found, largest = load.result()
+                assert list(found) == list(tensors)
+                assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+                assert largest == 400  # the whole tensor was in one bucket
+
+
+def read_slowly(path: str, seconds: float) -> tuple[dict[str, torch.Tensor], int]:
+    unpacker, found, largest = Unpacker(), {}, 0
+    for bucket in receive(path, 10.0):
+        largest = max(largest, *(entry.nbytes for entry in bucket.entries))
+        views = dict(unpacker.tensors(bucket))
+        time.sleep(seconds)  # the sender goes on meanwhile
+        found |= {name: view.clone() for name, view in views.items()}
+    return found, largest
 
 
 def test_a_tensor_that_is_cut_is_whole_or_missed() -> None:

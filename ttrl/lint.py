@@ -5,6 +5,7 @@ A finding is a warning. `ttrl check` prints it; the recipe still runs, because a
     cancels     a term that is the same for the whole group and disappears when the group mean is subtracted
     no-signal   no synthetic group got an advantage other than 0
     phantom     advantages from rounding, from the epsilon of the standard deviation, or between rollouts with the same answer
+                (unless the reward shows the term that differs between them: see `ExplainedReward`)
     order       another order of the same rollouts gives another label or other rewards
     votes       groups abstain at the recipe's number of votes, but not with more
     failed      the reward raised on a synthetic group;   skipped: its answers could not be imitated
@@ -219,13 +220,21 @@ def _phantoms(trial: _Trial, results: Sequence[Scored]) -> list[Finding]:
                 f"rewards that differ by {spread:.1e} in a group become advantages of {largest:.2g}; "
                 "round them, or abstain where they are meant to be equal"
             )
-        elif len(set(scored.classes[scored.train].tolist())) == 1:
+        elif len(set(scored.classes[scored.train].tolist())) == 1 and not _shown(trial, scored):
             silent = scored.classes[scored.train][0] == NO_ANSWER
             what = "of which none answered" if silent else "with the same answer"
             found[what] = (
                 f"trained rollouts {what} get advantages up to {largest:.2g}: something other than the answer is paid there"
             )
     return [Finding(code="phantom", message=message) for message in found.values()]
+
+
+def _shown(trial: _Trial, scored: Scored) -> bool:
+    """The reward shows a term that differs between rollouts with this answer: it says itself that it pays for something else."""
+    if not isinstance(trial.reward, ExplainedReward) or scored.classes[scored.train][0] == NO_ANSWER:
+        return False
+    terms = copy.deepcopy(trial.reward).terms(scored.group, trial.context(scored.group))
+    return any(np.ptp(np.asarray(values, np.float64)[scored.train]) > NEGLIGIBLE for values in terms.values())
 
 
 def _cancelling(trial: _Trial, groups: Sequence[Group], results: Sequence[Scored]) -> list[Finding]:

@@ -14,7 +14,7 @@ from itertools import islice
 import numpy as np
 
 from ttrl.contract import Blame, check_samples, check_scored
-from ttrl.errors import GuardStop, StopRequested
+from ttrl.errors import GuardStop, PluginError, StopRequested
 from ttrl.flow import Flow, InStep, RunAhead, Taught
 from ttrl.hooks import WeighingGate
 from ttrl.journal import Journal, Progress, StepClock, recall, remember
@@ -27,6 +27,7 @@ from ttrl.rewards.reader import reader_of
 from ttrl.rollout.flat import FlatSampler
 from ttrl.seeds import derive
 from ttrl.stepmetrics import agreement, reward_metrics, rollout_metrics
+from ttrl.together import StepReward
 from ttrl.trainers.packing import pack, split_updates
 from ttrl.types import Group, PackedBatch, Sample, Scored, StepStats
 
@@ -61,7 +62,7 @@ def one_step(parts: Parts, flow: Flow, journal: Journal, progress: Progress) -> 
             metrics.mean("rollout/staleness", step - drawn.state)
             clock.seconds["sampling"] = drawn.seconds
         with clock("reward"):
-            scored = [score(parts, group, step) for group in drawn.groups]
+            scored = score_all(parts, drawn.groups, step)
         metrics.merge(reward_metrics(scored, progress.flips(scored)))
         if parts.teaching:
             metrics.merge(agreement(scored))
@@ -177,11 +178,29 @@ def probe(parts: Parts, groups: list[Group]) -> list[Group]:
     ]
 
 
+def score_all(parts: Parts, groups: Sequence[Group], step: int) -> list[Scored]:
+    """Every group of a step; together, where the reward wants to see them so."""
+    if not isinstance(parts.reward, StepReward):
+        return [score(parts, group, step) for group in groups]
+    with Blame("reward", parts.recipe.reward.use, "any of the step"):
+        together = parts.reward.score_step(groups, [reward_context(parts, group, step) for group in groups])
+        if len(together) != len(groups):
+            raise PluginError(f"score_step returned {len(together)} results for {len(groups)} groups")
+    for scored, group in zip(together, groups, strict=True):
+        with Blame("reward", parts.recipe.reward.use, group.prompt.id):
+            check_scored(scored, group)
+    return [judged(scored, reader_of(parts.reward, parts.reader)) for scored in together]
+
+
+def reward_context(parts: Parts, group: Group, step: int) -> RewardContext:
+    """What the reward may know besides the group."""
+    return RewardContext(step=step, seed=derive(parts.recipe.seed, "reward", step, group.prompt.id))
+
+
 def score(parts: Parts, group: Group, step: int) -> Scored:
     """Pseudo-label and rewards of one group, checked against the contract of the slot; its probes judged by the same reader."""
-    context = RewardContext(step=step, seed=derive(parts.recipe.seed, "reward", step, group.prompt.id))
     with Blame("reward", parts.recipe.reward.use, group.prompt.id):
-        scored = parts.reward(group, context)
+        scored = parts.reward(group, reward_context(parts, group, step))
         check_scored(scored, group)
     return judged(scored, reader_of(parts.reward, parts.reader))
 

@@ -28,6 +28,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "epoch": "ttrl.sources:EpochSource",
         "per_prompt": "ttrl.modes.per_prompt:PerPrompt",
         "stream": "ttrl.modes.stream:Stream",
+        "views": "ttrl.sources:ViewSource",
     },
     "sampler": {
         "adaptive": "ttrl.rollout.adaptive:AdaptiveSampler",
@@ -45,6 +46,10 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "frequency_entropy": "ttrl.rewards.soft:FrequencyEntropy",
         "region_consistency": "ttrl.rewards.region:RegionConsistency",
         "selective": "ttrl.rewards.selective:Selective",
+        "novelty": "ttrl.rewards.novelty:Novelty",
+        "restrain": "ttrl.rewards.restrain:Restrain",
+        "distribution": "ttrl.rewards.distribution:DistributionAware",
+        "views": "ttrl.rewards.views:Views",
         "length_penalty": "ttrl.rewards.length:LengthPenalty",
         "random": "ttrl.rewards.controls:Random",
         "incorrect": "ttrl.rewards.controls:Incorrect",

@@ -30,8 +30,11 @@ from ttrl.protocols import (
 from ttrl.registry import build, check, resolve
 from ttrl.rewards.reader import AnswerReader, reader_of
 from ttrl.rewards.region import RegionConsistency
+from ttrl.rewards.views import Views
 from ttrl.sinks import check_sinks
+from ttrl.sources import partners
 from ttrl.templates import check_template
+from ttrl.together import StepReward
 from ttrl.trainers.dsconfig import check_deepspeed
 from ttrl.trainers.stabilizers.check import check_stabilizers
 from ttrl.types import Rollout
@@ -107,6 +110,8 @@ def check_recipe(recipe: Recipe) -> Checked:
             )
         if isinstance(source, Mode):
             attempt(lambda: source.check(recipe))
+        if isinstance(reward, StepReward) and source is not None:
+            attempt(lambda: _check_together(recipe, reward, source))
         if recipe.eval.labels is not None:  # a mode answers every prompt, and every answer is judged
             judged = records if isinstance(source, Mode) else records[: recipe.eval.limit]
             attempt(lambda: check_labels(str(recipe.eval.labels), [r.id for r in judged]))
@@ -153,6 +158,22 @@ def _reward(recipe: Recipe) -> Reward:
             f"reward {recipe.reward.use!r} needs {sorted(unknown)}; rollouts can carry: entropy, self_certainty"
         )
     return reward
+
+
+def _check_together(recipe: Recipe, reward: StepReward, source: Source) -> None:
+    """Raises ConfigError when a reward that wants the groups of a step together would not get them, or not those it needs."""
+    if isinstance(source, Mode):
+        raise ConfigError(
+            f"reward {recipe.reward.use!r} looks at the groups of a step together, which source {recipe.data.source.use!r} does not "
+            "offer; use another reward or another source"
+        )
+    if isinstance(reward, Views):
+        try:
+            partners(source.batch(0))
+        except ConfigError as error:
+            raise ConfigError(
+                f"reward {recipe.reward.use!r}: {error}; data.source: views keeps views together"
+            ) from None
 
 
 THRESHOLDS = ("min_votes", "min_share", "min_margin")

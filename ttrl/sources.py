@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from ttrl.errors import ConfigError
 from ttrl.seeds import generator
 
+VIEW = "@"
+"""What stands between the question and the view in the id of a prompt: `q17@1` and `q17@2` ask the same in two wordings."""
+
 
 class EpochSource:
     """Shuffled epochs, laid end to end; nothing is dropped and nothing comes twice in one step.
@@ -46,3 +49,56 @@ class EpochSource:
         head = free[: self._per_step - taken]
         rest = set(head)
         return head + [prompt for prompt in order if prompt not in rest]
+
+
+class ViewSource:
+    """Shuffled epochs of questions that stand in the file in two wordings; a step holds both or neither.
+
+    Two prompts are views of one question when their ids agree up to the last `@`. Raises ConfigError for an id without `@`, a
+    question that does not have exactly two views, and an odd number of prompts per step.
+    """
+
+    def __init__(self, ids: Sequence[str], prompts_per_step: int, seed: int) -> None:
+        if prompts_per_step % 2:
+            raise ConfigError(
+                f"source views asks every question twice; data.prompts_per_step must be even (it is {prompts_per_step})"
+            )
+        others = partners(ids)
+        self._views = {question_of(one): sorted((one, ids[other])) for one, other in zip(ids, others, strict=True)}
+        if prompts_per_step > len(ids):
+            raise ConfigError(
+                f"data.prompts_per_step is {prompts_per_step}, but there are only {len(ids)} prompts; lower it to at most {len(ids)}"
+            )
+        self._questions = EpochSource(tuple(self._views), prompts_per_step // 2, seed)
+
+    def batch(self, step: int) -> list[str]:
+        """Ids of one step, [prompts_per_step]; the views of a question stand side by side."""
+        return [view for question in self._questions.batch(step) for view in self._views[question]]
+
+
+def question_of(identifier: str) -> str:
+    """The id of a prompt up to the last `@`. Raises ConfigError when there is none."""
+    question, separator, _ = identifier.rpartition(VIEW)
+    if not separator:
+        raise ConfigError(
+            f"prompt {identifier!r} does not say which question it words; ids of views look like 'q17{VIEW}1' and 'q17{VIEW}2'"
+        )
+    return question
+
+
+def partners(ids: Sequence[str]) -> list[int]:
+    """[n] for each id the position of the other view of its question. Raises ConfigError unless every question has two views here.
+
+    Golden: a@1, b@1, b@2, a@2 -> [3, 2, 1, 0]
+    """
+    places: dict[str, list[int]] = {}
+    for place, identifier in enumerate(ids):
+        places.setdefault(question_of(identifier), []).append(place)
+    for question, found in places.items():
+        if len(found) != 2:
+            shown = ", ".join(repr(ids[place]) for place in found[:3])
+            raise ConfigError(
+                f"question {question!r} has {len(found)} view(s) here ({shown}), and needs two: ids that agree up to the last "
+                f"'{VIEW}' in the prompts file, and both before data.limit"
+            )
+    return [sum(places[question_of(identifier)]) - place for place, identifier in enumerate(ids)]

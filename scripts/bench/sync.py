@@ -5,7 +5,8 @@
 Without --model: random weights of SmolLM2-135M's shape (135 M parameters, float32). In turns, in one run: A, a vLLM engine in this
 process reloads the tensors with vLLM's own `reload_weights`; B, the same tensors go from this process to a vLLM engine in an
 actor, with manifest, fingerprint and prefix-cache reset (`RayPool.sync`). Prints medians, the ratio B / A, and what B adds in
-memory (polled): what is shared between the processes or in the object store, and the private memory of both.
+memory (polled): what is shared between the processes (also if it is kept between syncs) or in the object store, and the private
+memory of both.
 """
 
 from __future__ import annotations
@@ -140,12 +141,14 @@ def measure(path: Path, repeats: int, bucket_mb: int, transport: str) -> None:
         import ray
 
         worker = ray.get(pool._crew.handles[0].__ray_call__.remote(lambda _: os.getpid()))
+        own_pid = os.getpid()
+        unshared = resident(own_pid, "RssShmem")
         for work in (reload, sync):
             work()
         pairs = [(seconds(reload), seconds(sync)) for _ in range(repeats)]
-        own_pid = os.getpid()
         with peaks((own_pid, "RssAnon")) as alone:
             reload()
+        kept = resident(own_pid, "RssShmem") - unshared
         with store_peak() as store, peaks((own_pid, "RssShmem"), (own_pid, "RssAnon"), (worker, "RssAnon")) as grown:
             sync()
     finally:
@@ -156,7 +159,7 @@ def measure(path: Path, repeats: int, bucket_mb: int, transport: str) -> None:
     print(f"  B  sync to a worker process         {ours:.3f} s")
     ratios = sorted(b / a for a, b in pairs)
     print(f"  B / A                               {ours / base:.2f}   (pairs: {ratios[0]:.2f} to {ratios[-1]:.2f})")
-    crossing = max(store[0], grown[0])
+    crossing = max(store[0], kept + grown[0])
     print(f"  shared memory at most               {crossing / MIB:.0f} MiB = {crossing / MIB / bucket_mb:.2f} buckets")
     print(f"  private memory of sender, receiver  {grown[1] / MIB:.0f} MiB, {grown[2] / MIB:.0f} MiB above before")
     print(f"  private memory of A                 {alone[0] / MIB:.0f} MiB above before")

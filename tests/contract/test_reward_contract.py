@@ -28,6 +28,10 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {}, {"ties": "random"}, {"truncated_votes": True}, {"min_share": 0.5}, {"extractor": "number"},
         {"extractor": "choice"}, {"extractor": "label", "options": {"labels": ["red", "green", "blue"]}},
     ],
+    "novelty": [{}, {"ngram": 1, "ties": "random"}],
+    "restrain": [{}, {"least": 1, "prompt_weights": True}],
+    "selective": [{}, {"shaping": "entropy", "rare_share": 0.3}],
+    "views": [{}, {"label": "cross"}],
 }  # fmt: skip
 OTHER_CONTRACT = {"gold", "trl"}
 """gold asks for labels on purpose; trl is whatever function it is given (tests/test_trl_bridge.py)."""

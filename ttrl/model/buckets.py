@@ -1,6 +1,6 @@
 """Tensors packed into flat buckets of bounded size: what crosses a process border during a weight sync.
 
-No bucket is larger than it was asked to be: a tensor that does not fit into one is cut, and put together where it arrives.
+A tensor that does not fit into a bucket is cut, and put together where it arrives; or has a bucket of its own, where there is room.
 """
 
 from __future__ import annotations
@@ -102,11 +102,16 @@ def unpack(buckets: Iterable[Bucket]) -> Iterator[tuple[str, Tensor]]:
 
 
 def pack_buckets(
-    tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int, *, room: Callable[[], Memory] | None = None
+    tensors: Iterable[tuple[str, Tensor]],
+    bucket_bytes: int,
+    *,
+    room: Callable[[int], Memory] | None = None,
+    uncut_bytes: int = 0,
 ) -> Iterator[Bucket]:
     """Copy tensors, in order, into buckets of at most `bucket_bytes`.
 
-    room: gives the memory of each, `bucket_bytes`; new one by default.
+    room: gives the memory of each, for so many bytes; new one by default.
+    uncut_bytes: a larger tensor of at most so many bytes is not cut but is a bucket of its own.
     """
     entries: list[Entry] = []
     empty = np.empty(0, np.uint8)
@@ -114,25 +119,26 @@ def pack_buckets(
     for name, tensor in tensors:
         source = tensor.detach().to("cpu").contiguous()
         raw, dtype = source.reshape(-1).view(torch.uint8).numpy(), str(source.dtype).removeprefix("torch.")
-        for offset, length in _parts(raw.nbytes, bucket_bytes):
+        for offset, length in _parts(raw.nbytes, bucket_bytes if raw.nbytes > uncut_bytes else max(raw.nbytes, 1)):
             if entries and size + length > bucket_bytes:
                 full = [Bucket(tuple(entries), data[:size])]
                 data, entries, size = empty, [], 0
                 yield full.pop()  # nothing here keeps it alive
             if not len(data):
-                data = np.empty(bucket_bytes, np.uint8) if room is None else room()
+                wanted = max(bucket_bytes, length)
+                data = np.empty(wanted, np.uint8) if room is None else room(wanted)
             start = size if length else 0  # an empty tensor lies nowhere, and so at an even address
             entries.append(Entry(name, dtype, tuple(source.shape), start, length, offset))
             data[size : size + length] = raw[offset : offset + length]
-            size = _next(size + length, bucket_bytes)
+            size = _next(size + length, len(data))
     if entries:
         yield Bucket(tuple(entries), data[:size])
 
 
-def lent(bucket_bytes: int) -> Callable[[], Memory]:
+def lent(bucket_bytes: int) -> Callable[[int], Memory]:
     """Room that is the same for all: each bucket is gone when the next one is asked for."""
     memory = np.empty(bucket_bytes, np.uint8)
-    return lambda: memory
+    return lambda _: memory
 
 
 def follow_buckets(tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int) -> Iterator[None]:
