@@ -71,10 +71,9 @@ class Eyes:
         return self._see(token_ids, pixels, self._pictures, held if images else 0)
 
     def _see(self, token_ids: IntArray, pixels: Mapping[str, Any], pictures: Pictures, prompt: int) -> Seen:
-        device, dtype = self._model.device, self._model.dtype
+        device = self._model.device
         ids = torch.tensor(token_ids, dtype=torch.long, device=device)
-        held = {name: torch.tensor(value, device=device) for name, value in pixels.items()}
-        held = {name: value.to(dtype) if value.is_floating_point() else value for name, value in held.items()}
+        held = self._tensors(pixels)
         places = (ids == pictures.image_token_id) & (torch.arange(len(ids), device=device) < prompt)
         features = self._model.get_image_features(**held, return_dict=True).pooler_output
         if not isinstance(features, Tensor):
@@ -89,6 +88,11 @@ class Eyes:
             raise ConfigError(f"a prompt has {int(places.sum())} image tokens, but its pictures make {len(features)}")
         positions = self._positions(ids, places, held if prompt else {})
         return Seen(embeds=embeds, positions=positions, next_position=int(positions.max()) + 1)
+
+    def _tensors(self, pixels: Mapping[str, Any]) -> dict[str, Tensor]:
+        """On the model's device, in its dtype."""
+        held = {name: torch.tensor(value, device=self._model.device) for name, value in pixels.items()}
+        return {name: x.to(self._model.dtype) if x.is_floating_point() else x for name, x in held.items()}
 
     def _positions(self, ids: Tensor, places: Tensor, pixels: Mapping[str, Tensor]) -> Tensor:
         rope_index = getattr(self._model.base_model, "get_rope_index", None)
@@ -127,11 +131,10 @@ def _refusal(eyes: Eyes, pictures: Pictures, model: PreTrainedModel, name: str) 
     try:
         trial = pictures.trial()
         behind = np.arange(1, 1 + TRIAL_TOKENS) % model.config.get_text_config().vocab_size
-        whole = np.concatenate([trial.token_ids, np.where(behind == pictures.image_token_id, 0, behind)]).astype(
-            np.int32
-        )
+        behind = np.where(behind == pictures.image_token_id, 0, behind)
+        whole = np.concatenate([trial.token_ids, behind]).astype(np.int32)
         ids = torch.tensor(whole, dtype=torch.long, device=model.device)[None]
-        own = {key: torch.tensor(value, device=model.device) for key, value in trial.pixels.items()}
+        own = eyes._tensors(trial.pixels)
         own |= {key: (ids == pictures.image_token_id).int() for key in trial.types}
         expected = model(input_ids=ids, use_cache=False, **own).logits.float()
         seen = eyes._see(whole, trial.pixels, pictures, len(trial.token_ids))

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
+from threading import RLock
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,8 @@ class Trial:
 
 
 class Pictures:
-    """The processor of one model, and the pixel tensors it made last. Not thread-safe."""
+    """The processor of one model, and the pixel tensors it made last. Used by one thread at a time: with `rollout.ahead` the engine
+    samples while the trainer works."""
 
     def __init__(self, processor: Any, path: str, cache_bytes: int = CACHE_BYTES) -> None:
         self._processor, self._path, self._room = processor, path, cache_bytes
@@ -51,6 +53,7 @@ class Pictures:
         self.image_token_id = int(processor.tokenizer.convert_tokens_to_ids(self.image_token))
         self._made: OrderedDict[tuple[str, ...], Pixels] = OrderedDict()
         self._trial: Trial | None = None
+        self._lock = RLock()
 
     def encode(
         self, text: str, images: Sequence[ImageFile], *, add_special_tokens: bool
@@ -68,34 +71,35 @@ class Pictures:
         marked = list(self._processor.tokenizer.encode(text, add_special_tokens=add_special_tokens))
         if not images:
             return marked, marked
-        made = self._process(text, [open_image(image) for image in images], add_special_tokens=add_special_tokens)
-        self._keep(tuple(image.digest for image in images), _pixels(made))
+        opened = [open_image(image) for image in images]
+        with self._lock:
+            made = self._process(text, opened, add_special_tokens=add_special_tokens)
+            self._keep(tuple(image.digest for image in images), _pixels(made))
         return [int(token) for token in np.asarray(made["input_ids"]).reshape(-1)], marked
 
     def pixels(self, images: Sequence[ImageFile]) -> Pixels:
         """The tensors of these pictures, in order. Raises ConfigError when a file is no longer what it was."""
         key = tuple(image.digest for image in images)
-        if key not in self._made:
-            return self._keep(key, self.made_of([open_image(image) for image in images]))
-        self._made.move_to_end(key)
-        return self._made[key]
-
-    def made_of(self, opened: Sequence[Any]) -> Pixels:
-        """The tensors of PIL images."""
-        return _pixels(self._process(self.image_token * len(opened), opened, add_special_tokens=False))
+        with self._lock:
+            if key not in self._made:
+                opened = [open_image(image) for image in images]
+                made = self._process(self.image_token * len(opened), opened, add_special_tokens=False)
+                return self._keep(key, _pixels(made))
+            self._made.move_to_end(key)
+            return self._made[key]
 
     def trial(self) -> Trial:
         """What the processor makes of a picture of noise. Made once."""
         from PIL import Image
 
-        if self._trial is not None:
+        with self._lock:
+            if self._trial is None:
+                noise = np.random.default_rng(0).integers(0, 256, (61, 83, 3), np.uint8)
+                made = self._process(self.image_token, [Image.fromarray(noise)], add_special_tokens=False)
+                types = tuple(name for name in made if name.endswith("token_type_ids"))
+                ids = np.asarray(made["input_ids"]).reshape(-1)
+                self._trial = Trial(token_ids=ids, pixels=_pixels(made), types=types)
             return self._trial
-
-        noise = np.random.default_rng(0).integers(0, 256, (61, 83, 3), np.uint8)
-        made = self._process(self.image_token, [Image.fromarray(noise)], add_special_tokens=False)
-        types = tuple(name for name in made if name.endswith("token_type_ids"))
-        self._trial = Trial(token_ids=np.asarray(made["input_ids"]).reshape(-1), pixels=_pixels(made), types=types)
-        return self._trial
 
     def _process(self, text: str, opened: Sequence[Any], *, add_special_tokens: bool) -> Mapping[str, Any]:
         try:
