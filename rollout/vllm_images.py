@@ -15,14 +15,14 @@ def with_pictures(vllm: Any, request: Request, context: list[int]) -> Any:
     Raises EngineError when vLLM does not take them, or counts other image tokens than the processor that made the prompt; ConfigError
     for a file that changed.
     """
-    from vllm.inputs import TokensPrompt
-
     prompt = request.prompt
     assert prompt.marked_ids is not None, "a prompt with pictures comes from tokenize"
     opened = [open_image(image) for image in prompt.images]
-    given = TokensPrompt(
-        prompt_token_ids=[*prompt.marked_ids.tolist(), *request.prefix.tolist()], multi_modal_data={"image": opened}
-    )
+    ids = [*prompt.marked_ids.tolist(), *request.prefix.tolist()]
+    given = {
+        "prompt_token_ids": ids,
+        "multi_modal_data": {"image": opened},
+    }  # vllm.inputs.TokensPrompt, without importing vLLM
     try:
         (made,) = vllm.renderer.render_cmpl([given])
     except (ValueError, RuntimeError, TypeError, KeyError) as error:

@@ -8,8 +8,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,8 +22,9 @@ from helpers_torch import request, section
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ttrl.config import load_recipe
-from ttrl.errors import ConfigError
+from ttrl.errors import ConfigError, EngineError
 from ttrl.model.processor import open_pictures
+from ttrl.rollout.vllm_images import with_pictures
 from ttrl.setup import check_recipe
 from ttrl.types import Prompt, Request, SamplingSpec
 
@@ -82,6 +85,32 @@ def test_vllm_says_of_pictures_what_the_model_says_also_after_a_sync(tmp_path: P
             with torch.no_grad():
                 [expected] = row_scores(model, processor, [(item.prompt, ids)], 0.7)
             np.testing.assert_allclose(found[f"logprobs-{version}-{i}"], expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("kept", "problem"), [(0, None), (1, "37 tokens of prompt 'two'"), (0, "no room for pictures")]
+)
+def test_vllm_must_arrive_at_the_tokens_of_the_processor(tmp_path: Path, kept: int, problem: str | None) -> None:
+    save_tiny_llava(tmp_path / "model")
+    of, prefix = prompts(tmp_path)[1], np.asarray([7, 8], np.int32)
+    context = [*of.token_ids.tolist(), *prefix.tolist()]
+
+    def render(given: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        [one] = given
+        if problem == "no room for pictures":
+            raise ValueError(problem)
+        assert of.marked_ids is not None
+        assert one["prompt_token_ids"] == [*of.marked_ids.tolist(), 7, 8]
+        assert [image.size for image in one["multi_modal_data"]["image"]] == [(20, 14)] * 2
+        return [{"prompt_token_ids": context[kept * 10 :]}]
+
+    vllm = SimpleNamespace(renderer=SimpleNamespace(render_cmpl=render))
+    item = replace(request(of, 0, SamplingSpec(max_new_tokens=1)), prefix=prefix)
+    if problem is None:
+        assert with_pictures(vllm, item, context) == {"prompt_token_ids": context}
+    else:
+        with pytest.raises(EngineError, match=problem):
+            with_pictures(vllm, item, context)
 
 
 def test_its_own_process_is_asked_for() -> None:
