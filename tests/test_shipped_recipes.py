@@ -20,18 +20,29 @@ ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = {"aime24": (240, 8, 8), "amc": (300, 8, 8), "math500": (150, 32, 32), "gpqa": (60, 32, 32)}
 
 
+def write(folder: Path, recipe: Recipe, kind: str, split: str = "adapted") -> Path:
+    """Prompts with the columns that the recipe keeps, or labels that its reward's answers could equal."""
+    kept = {name: [40, 30] if name == "image_size" else "x" for name in recipe.data.keep}
+    answer = "[1,1,2,2]" if recipe.reward.use == "region_consistency" else "2"
+    rows = [{"prompt": f"1+1={split}", **kept} if kind == "prompts" else {"answer": answer} for _ in range(PROMPTS)]
+    file = folder / f"{split}.{kind}.jsonl"
+    file.write_text("".join(json.dumps({"id": f"{split}-{i}", **row}) + "\n" for i, row in enumerate(rows)))
+    return file
+
+
 def stand_ins(folder: Path, recipe: Recipe) -> list[str]:
     """A model and data for what a recipe leaves to its user."""
     changes = []
     if not Path(recipe.model.path).is_dir() and not recipe.model.path.startswith("bundled:"):
         changes.append("model.path=bundled:tiny-adder")
     if not recipe.data.prompts.startswith("bundled:") and not Path(recipe.data.prompts).is_file():
-        for kind, row in (("prompts", {"prompt": "1+1="}), ("labels", {"answer": "2"})):
-            rows = [{"id": str(i), **row} for i in range(PROMPTS)]
-            (folder / f"{kind}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-        changes.append(f"data.prompts={folder / 'prompts.jsonl'}")
+        changes += [f"data.prompts={write(folder, recipe, 'prompts')}"]
         if recipe.eval.labels is not None:
-            changes.append(f"eval.labels={folder / 'labels.jsonl'}")
+            changes += [f"eval.labels={write(folder, recipe, 'labels')}"]
+        if recipe.eval.heldout is not None:
+            changes += [
+                f"eval.heldout.{kind}={write(folder, recipe, kind, 'heldout')}" for kind in ("prompts", "labels")
+            ]
     return changes
 
 
@@ -76,6 +87,41 @@ def test_ettrl_is_ttrl_with_trees(benchmark: str, model: str) -> None:
     assert recipe.rollout.temperature == (1.0 if "math" in model else 0.6)
     for same in ("steps", "data", "reward", "objective", "stabilizers", "trainer", "eval"):
         assert getattr(recipe, same) == getattr(ttrl, same), same
+
+
+@pytest.mark.parametrize(
+    "name", ["dtd-internvl3-2b", "dtd-internvl3-8b", "imagenet-internvl3-2b", "imagenet-internvl3-8b"]
+)
+def test_ttrv_has_its_published_settings(name: str) -> None:
+    recipe = load_recipe(f"ttrv/{name}")
+    assert recipe.reward.options == {"extractor": "choice", "alpha": 0.75, "normalised": True}
+    assert (recipe.rollout.votes_per_prompt, recipe.rollout.trained) == (32, 16)
+    assert (recipe.rollout.temperature, recipe.rollout.max_new_tokens, recipe.data.max_prompt_tokens) == (
+        1.0,
+        1024,
+        7524,
+    )
+    trainer = recipe.trainer
+    assert (trainer.lr, trainer.schedule, trainer.warmup, trainer.updates_per_step) == (5e-7, "cosine", 0.03, 8)
+    assert [(plug.use, plug.options) for plug in recipe.stabilizers] == [("kl", {"coefficient": 0.001})]
+    assert (recipe.steps * recipe.data.prompts_per_step, recipe.eval.samples, recipe.eval.temperature) == (
+        2 * 20,
+        1,
+        0.0,
+    )
+    assert name.split("-")[-1] in recipe.model.path.lower() and name.split("-")[0] in recipe.data.prompts
+
+
+@pytest.mark.parametrize("size", ["3b", "7b"])
+def test_gui_rcpo_has_its_published_settings(size: str) -> None:
+    recipe = load_recipe(f"gui/screenspot-v2-qwen2.5-vl-{size}")
+    assert (recipe.steps, recipe.data.prompts_per_step, recipe.rollout.votes_per_prompt) == (40, 64, 16)
+    assert recipe.rollout.trained == 16 and recipe.trainer.updates_per_step == 1
+    assert (recipe.rollout.temperature, recipe.rollout.max_new_tokens, recipe.trainer.lr) == (0.7, 128, 1e-6)
+    assert [(plug.use, plug.options) for plug in recipe.stabilizers] == [("kl", {"coefficient": 0.04, "kind": "k3"})]
+    assert recipe.objective.options["clip"] == [0.2, 0.2] and recipe.objective.options["dual_clip"] is None
+    assert recipe.reward.options == {"extractor": "box", "coordinates": "resized"} and recipe.trainer.zero == 3
+    assert size in recipe.model.path.lower()
 
 
 # the files of a benchmark
