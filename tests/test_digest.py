@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy.stats import binom, fisher_exact, hypergeom
@@ -10,7 +12,7 @@ from test_ledger import evaluation as ledger_evaluation
 from test_ledger import result
 
 from ttrl.evaluate.book import EvaluationBook
-from ttrl.evaluate.digest import digest, line_to_beat
+from ttrl.evaluate.digest import digest, largest_vote, line_to_beat
 from ttrl.evaluate.estimators import wilson
 from ttrl.evaluate.ledger import by_chance, ledger, shares, totals
 
@@ -85,6 +87,16 @@ def test_the_line_to_beat_is_the_largest_vote_of_the_start_model() -> None:
     waiting = line_to_beat(before, None, 0)
     assert waiting is not None and waiting.final_pass1_above_it is None and waiting.verdict == "open"
     assert line_to_beat(None, None, 0) is None
+
+
+def test_votes_of_parts_of_the_prompts_are_no_line_to_beat() -> None:
+    before = evaluation([4, 1, 0], 0)
+    parts = {f"{name} [web/text]": value for name, value in before.estimates.items()}
+    with_parts = replace(before, estimates=dict(before.estimates) | parts)
+    line, plain = line_to_beat(with_parts, None, 0), line_to_beat(before, None, 0)
+    assert plain is not None and line == plain and line.metric == "maj@4"
+    assert largest_vote(["maj@8", "maj@16", "maj@32 [web]", "pass@64", "maj@"]) == "maj@16"
+    assert largest_vote(["maj@8 [web]", "pass@1"]) is None
 
 
 def test_the_digest_carries_the_protocol_and_says_none_for_what_is_missing() -> None:

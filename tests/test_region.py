@@ -156,13 +156,14 @@ def test_the_vote_beats_the_mean_single_prediction_beyond_the_intervals():
 
 def test_the_evaluator_counts_centres_in_boxes_per_source_and_type(tmp_path):
     labels = tmp_path / "labels.jsonl"
-    labels.write_text('{"id": "a", "answer": "[0,0,4,4]"}\n{"id": "b", "answer": "[5,5,9,9]"}\n')
-    prompts = [
-        prompt(identifier="a", data_source="web", data_type="icon"), prompt(identifier="b", data_source="web", data_type="text")
-    ]  # fmt: skip
+    labels.write_text("".join(json.dumps({"id": i, "answer": a}) + "\n" for i, a in [
+        ("a", "[0,0,4,4]"), ("b", "[5,5,9,9]"), ("c", "[0,0,4,4]")
+    ]))  # fmt: skip
+    prompts = [prompt(identifier=i, data_source="web", data_type=t) for i, t in [("a", "icon"), ("b", "text"), ("c", "text")]]
     texts = {
         "a": ["[1,1,3,3]", "[4,4,8,8]", "?", "[0,0,8,8]"],
         "b": ["[0,0,2,2]", "[6,6,8,8]", "[6,6,8,8]", "[0,0,2,2]"],
+        "c": ["[0,0,3,4]", "[1,0,4,4]", "?", "?"],
     }
 
     class Scripted:
@@ -175,12 +176,14 @@ def test_the_evaluator_counts_centres_in_boxes_per_source_and_type(tmp_path):
         by=("data_source", "data_type"), reward=reward,
     )  # fmt: skip
     found = evaluator(0, Scripted())
-    assert [r.correct for r in found.results] == [2, 2]  # (4,4) is on the border of a's box and counts
+    assert [r.correct for r in found.results] == [2, 2, 2]  # (4,4) is on the border of a's box and counts
     assert found.estimates["pass@1"].value == 0.5
     assert found.estimates["pass@1 [web/icon]"].value == 0.5
     # a: the peak is [1,1,3,3] (twice) and [4,4,8,8] (twice): the larger one wins, centre (6,6), wrong; b: a tie, the first wins, wrong
-    assert found.per_prompt["maj@4"] == (0.0, 0.0)
-    assert found.results[0].majority == "[4,4,8,8]"
+    # c: right, by a region that nobody gave
+    assert found.per_prompt["maj@4"] == (0.0, 0.0, 1.0)
+    assert [r.majority for r in found.results] == ["[4,4,8,8]", "[0,0,2,2]", "[1,0,3,4]"]
+    assert found.estimates["maj@4 [web/text]"].value == 0.5
 
 
 @pytest.mark.parametrize("label", ["[0.1,0.2]", "somewhere", "[5,5,1,1]"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -32,12 +32,17 @@ class LineToBeat:
 
 def line_to_beat(before: Evaluation | None, after: Evaluation | None, seed: int) -> LineToBeat | None:
     """None without labels, or when no k above 1 was asked for."""
-    votes = [name for name in before.estimates if name.startswith("maj@")] if before is not None else []
-    if before is None or not votes:
+    metric = largest_vote(before.estimates) if before is not None else None
+    if before is None or metric is None:
         return None
-    metric = max(votes, key=lambda name: int(name.partition("@")[2]))
     above = paired(before, metric, after, "pass@1", seed) if after is not None else None
     return LineToBeat(metric=metric, start=before.estimates[metric], final_pass1_above_it=above)
+
+
+def largest_vote(names: Iterable[str]) -> str | None:
+    """The `maj@k` of all prompts with the largest k; those of parts of the prompts (`eval.by`) are not meant."""
+    sizes = [int(k) for name in names if name.startswith("maj@") and (k := name.removeprefix("maj@")).isdigit()]
+    return f"maj@{max(sizes)}" if sizes else None
 
 
 def entries(book: EvaluationBook, split: str) -> list[LedgerEntry]:

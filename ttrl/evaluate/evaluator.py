@@ -160,8 +160,12 @@ def graded(prompt_id: str, vote: Vote, label: str | None, reader: AnswerReader) 
 
 def accuracies(results: Sequence[PromptResult], ks: Sequence[int]) -> dict[str, tuple[float, ...]]:
     """pass@k and maj@k of every prompt [P]; for results with labels."""
-    table = {f"pass@{k}": tuple(pass_at_k(r.samples, r.correct or 0, k) for r in results) for k in ks}
-    return table | {f"maj@{k}": tuple(_maj(r, k) for r in results) for k in ks if k > 1}
+    return passes(results, ks) | {f"maj@{k}": tuple(_maj(r, k) for r in results) for k in ks if k > 1}
+
+
+def passes(results: Sequence[PromptResult], ks: Sequence[int]) -> dict[str, tuple[float, ...]]:
+    """pass@k of every prompt [P]; for results with labels."""
+    return {f"pass@{k}": tuple(pass_at_k(r.samples, r.correct or 0, k) for r in results) for k in ks}
 
 
 def label_free(results: Sequence[PromptResult]) -> dict[str, tuple[float, ...]]:

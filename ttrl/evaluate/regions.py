@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ttrl.errors import ConfigError
-from ttrl.evaluate.evaluator import Evaluator, PromptResult, accuracies
+from ttrl.evaluate.evaluator import Evaluator, PromptResult, passes
 from ttrl.evaluate.labels import read_labels
 from ttrl.prompts import PromptRecord
 from ttrl.rewards.region import RegionConsistency
@@ -57,7 +57,9 @@ class RegionEvaluator(Evaluator):
         )  # fmt: skip
 
     def _accuracies(self, results: Sequence[PromptResult]) -> dict[str, tuple[float, ...]]:
-        table = {k: v for k, v in accuracies(results, self._ks).items() if k.startswith("pass@")}
+        table = passes(
+            results, self._ks
+        )  # the elected region need not be anybody's answer, so it has no votes to count
         for place, k in enumerate(self._ks):
             if k > 1:
                 table[f"maj@{k}"] = tuple(self._region_right[r.id][place] for r in results)

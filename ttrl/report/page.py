@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ttrl.config import Recipe, load_recipe
+from ttrl.evaluate.digest import largest_vote
 from ttrl.evaluate.seal import label_files
 from ttrl.report.plots import accuracy, curve, share_map
 from ttrl.report.thumbs import thumbs
@@ -130,10 +131,8 @@ def _headlines(part: Mapping[str, Any]) -> list[Headline]:
 
 def _cards(rows: Sequence[Headline]) -> list[Headline]:
     """The numbers to see first: pass@1, the largest vote, and what can be seen without labels."""
-    majority = [row for row in rows if row.name.startswith("maj@")][-1:]
-    return (
-        [row for row in rows if row.name == "pass@1"] + majority + [row for row in rows if row.name == "majority_share"]
-    )
+    wanted = ("pass@1", largest_vote(row.name for row in rows), "majority_share")
+    return [row for name in wanted for row in rows if row.name == name]
 
 
 def _line(summary: Mapping[str, Any]) -> Headline | None:
@@ -213,11 +212,11 @@ def _figures(
     from markupsafe import Markup
 
     initial = summary.get("initial") or {}
-    majority = [name for name in initial if name.startswith("maj@")]
-    beat = initial[majority[-1]]["value"] if majority else None
+    majority = largest_vote(initial)
+    beat = initial[majority]["value"] if majority is not None else None
     adapted = [row for row in evals if row["split"] == "adapted"]
     heldout = [row for row in evals if row["split"] == "heldout"]
-    shown = ["pass@1", *majority[-1:]]
+    shown = ["pass@1"] if majority is None else ["pass@1", majority]
     figures = [
         accuracy(adapted, shown, "Accuracy on the adapted prompts", beat),
         accuracy(heldout, shown, "Accuracy on the held-out prompts", None),
