@@ -147,6 +147,7 @@ def test_wheel_works_in_a_clean_environment(tmp_path):
     wheel = next((tmp_path / "dist").glob("ttrl-*.whl"))
     names = zipfile.ZipFile(wheel).namelist()
     for wanted in ("ttrl/rewards/vote.py", "ttrl/recipes/quickstart.yaml", "ttrl/assets/tiny-adder/model.safetensors",
+                   "ttrl/assets/tiny-eyes/model.safetensors", "ttrl/assets/tiny-eyes/pictures/train-000.png",
                    "ttrl/report/report.html.j2", "ttrl/py.typed"):  # fmt: skip
         assert wanted in names
     assert not any(name.split("/")[0] in PARTS for name in names)
