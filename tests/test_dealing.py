@@ -79,7 +79,7 @@ def test_cost_counts_prompts_as_often_as_they_are_computed() -> None:
 def test_padding_gives_every_rank_the_same_shape() -> None:
     batches = pack(samples(GROUPS), 25)
     mine, other = shapes(batches[:3], 3), shapes(batches[3:], 3)
-    assert other[1:].tolist() == [[0, 0], [0, 0]]
+    assert other[1:].tolist() == [[0, 0, 0], [0, 0, 0]]
     for turn, shape in enumerate(common(np.maximum(mine, other))):
         for part in (batches[:3], batches[3:]):
             held = part[turn] if turn < len(part) else None
@@ -111,7 +111,7 @@ def test_modules_run_equally_often_for_equal_shapes(shared: bool, monkeypatch: p
         plain = scorer(batch).logprobs
         alone = dict(calls)
         calls.clear()
-        same = scorer(padded(batch, shape.segments), shape.tokens).logprobs[: len(plain)]
+        same = scorer(padded(batch, shape.segments), shape).logprobs[: len(plain)]
         torch.testing.assert_close(same, plain, rtol=1e-5, atol=1e-5)
         assert shape.tokens > PADDING_TOKENS
         seen.append(dict(calls))

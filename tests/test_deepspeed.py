@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers_images import image_prompt, pictures, save_tiny_llava, text_prompt
 from helpers_ranks import Ranks, merged, rank_trainer, train, watch_gradients
 from helpers_torch import (
     gradients,
     largest_difference,
     one_update,
+    sample,
     samples,
     save_tiny_model,
     tiny_llama,
@@ -25,6 +27,7 @@ from transformers import AutoModelForCausalLM
 
 from ttrl.errors import ConfigError
 from ttrl.metrics import MetricSet
+from ttrl.model.processor import open_pictures
 from ttrl.model.weights import Intake
 from ttrl.protocols import ForwardOut, LossOut, TensorBatch
 from ttrl.trainers.deepspeed_backend import DeepSpeedTrainer
@@ -50,7 +53,7 @@ def step_samples(step: int) -> list[Sample]:
 
 
 def by_torch(
-    folder: Path, fields: dict[str, Any], steps: int = 2
+    folder: Path, fields: dict[str, Any], steps: int = 2, made: Callable[[int], list[Sample]] = step_samples
 ) -> tuple[list[Any], list[dict[str, Any]], dict[str, Any]]:
     """Stats and clipped gradients of each step, and the weights after the last: all samples in one micro-batch."""
     ours = trainer(
@@ -67,7 +70,7 @@ def by_torch(
         original()
 
     ours._optimizer.step = record  # type: ignore[method-assign, assignment]
-    stats = [ours.step(step, [pack(step_samples(step), 10_000)]) for step in range(steps)]
+    stats = [ours.step(step, [pack(made(step), 10_000)]) for step in range(steps)]
     return stats, caught, weights_of(ours)
 
 
@@ -79,10 +82,11 @@ def agree(stats: Sequence[Any], wanted: Sequence[Any], *, tokens: bool = True) -
         assert got.tokens == want.tokens or not tokens
 
 
-def same_gradients(raw: dict[str, Any], clipped: dict[str, torch.Tensor], norm: float) -> None:
+def same_gradients(raw: dict[str, Any], clipped: dict[str, torch.Tensor], norm: float, *, clips: bool = True) -> None:
     """DeepSpeed's are seen before clipping to 1, torch's afterwards."""
-    assert raw.keys() == clipped.keys() and norm > 1.0
-    worst = max(float(np.abs(np.asarray(raw[n]) / (norm + 1e-6) - clipped[n].numpy()).max()) for n in clipped)
+    assert raw.keys() == clipped.keys() and (norm > 1.0) is clips
+    divisor = norm + 1e-6 if clips else 1.0
+    worst = max(float(np.abs(np.asarray(raw[n]) / divisor - clipped[n].numpy()).max()) for n in clipped)
     assert worst < 1e-5
 
 
@@ -121,6 +125,39 @@ def test_two_ranks_agree_with_the_torch_backend(
         assert rank["weights"].keys() == weights.keys()
         # Adam turns every gradient into a step of about lr, so this is tight for every single weight
         assert max(float(np.abs(rank["weights"][n] - weights[n].numpy()).max()) for n in weights) < 0.01 * LR
+
+
+@pytest.mark.parametrize(
+    ("zero", "fields", "cut"),
+    [
+        (2, {}, 1),
+        (3, {"kl": 0.1}, 1),
+        pytest.param(3, {"lora": True}, 0, marks=pytest.mark.slow),
+    ],
+)
+def test_two_ranks_agree_where_only_one_of_them_has_pictures(
+    two_ranks: Ranks, tmp_path: Path, zero: int, fields: dict[str, Any], cut: int
+) -> None:
+    """The vision tower is trained by the rank that has a picture, and by all of them alike; the other has text, or nothing."""
+    folder, files = save_tiny_llava(tmp_path / "model"), pictures(tmp_path / "pictures", 2)
+    prompts = [image_prompt(open_pictures(str(folder)), "shown", files), text_prompt("told")]
+
+    def made(step: int) -> list[Sample]:
+        lengths = (4, 2, 5)
+        rows = [(p, length, 100 * step + 10 * g + r) for g, p in enumerate(prompts) for r, length in enumerate(lengths)]
+        return [replace(sample(p, length, seed), images=p.images) for p, length, seed in rows]
+
+    wanted, clipped, weights = by_torch(folder, fields, made=made)
+    dealt = [[[batches[cut:]], [batches[:cut]]] for step in range(2) for batches in [pack(made(step), 60)]]
+    assert {len(parts[0]) for step in dealt for parts in step} == ({1} if cut else {0, 2})
+    settings = {"zero": zero, "lr": LR}
+    results = two_ranks(train, folder, {**fields, "settings": settings}, dealt)
+    agree(merged(results), wanted)
+    for rank in results:
+        for step in range(2):
+            norm = wanted[step].grad_norm
+            same_gradients(rank["gradients"][step], clipped[step], norm, clips=norm > 1.0)
+        assert rank["weights"].keys() == weights.keys()
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,7 @@ def _rows(batch: PackedBatch, rows: Sequence[tuple[int, int]], first: int, last:
         Segment(
             prompt_ids=batch.segments[i].prompt_ids,
             lengths=np.asarray([length for owner, length in kept if owner == i], np.int32),
+            images=batch.segments[i].images,
         )
         for i in dict.fromkeys(owner for owner, _ in kept)
     )

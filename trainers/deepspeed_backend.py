@@ -168,11 +168,11 @@ class DeepSpeedTrainer:
         if self._place.ranks == 1:
             return [[None] * len(batches) for batches in updates]
         counts = self._largest(np.asarray([len(batches) for batches in updates], np.int32))
-        if self._stage < 3:  # gradients meet micro-batch by micro-batch, in the order in which modules run
-            return [[lockstep.Shape(1, 0)] * int(count) for count in counts]
         own = [lockstep.shapes(batches, int(count)) for batches, count in zip(updates, counts, strict=True)]
-        largest = self._largest(np.concatenate(own))
-        return [list(lockstep.common(part)) for part in np.split(largest, np.cumsum(counts)[:-1])]
+        largest = np.split(self._largest(np.concatenate(own)), np.cumsum(counts)[:-1])
+        if self._stage < 3:  # gradients meet micro-batch by micro-batch, in the order in which modules run
+            return [[lockstep.Shape(1, 0, bool(shown)) for *_, shown in part] for part in largest]
+        return [list(lockstep.common(part)) for part in largest]
 
     def _largest(self, numbers: IntArray) -> IntArray:
         """Element-wise maximum over the ranks."""

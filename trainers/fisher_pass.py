@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ttrl.trainers.packing import row_index
-from ttrl.types import PackedBatch, Segment
+from ttrl.types import PackedBatch
 
 
 def squared_gradients(
@@ -36,10 +37,10 @@ def rows(batches: Sequence[PackedBatch]) -> Iterator[PackedBatch]:
     """Every rollout as a batch of its own."""
     for batch in batches:
         index = row_index(batch)
-        prompts = [segment.prompt_ids for segment in batch.segments for _ in segment.lengths]
-        for row, prompt in enumerate(prompts):
+        owners = [segment for segment in batch.segments for _ in segment.lengths]
+        for row, owner in enumerate(owners):
             inside = np.flatnonzero(index == row)
-            segment = Segment(prompt_ids=prompt, lengths=np.asarray([len(inside)], np.int32))
+            segment = replace(owner, lengths=np.asarray([len(inside)], np.int32))
             yield PackedBatch(
                 segments=(segment,), completion_ids=batch.completion_ids[inside],
                 sampler_logprobs=batch.sampler_logprobs[inside], advantages=batch.advantages[inside],

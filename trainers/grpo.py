@@ -103,6 +103,7 @@ class GRPO:
                     advantages=per_token,
                     weights=np.ones(tokens, np.float32),
                     group=scored.group.prompt.id,
+                    images=scored.group.prompt.images,
                     entropy=rollout.entropy if "entropy" in self.needs else None,
                 )
             )

@@ -1,7 +1,8 @@
 """Ranks that run the same modules the same number of times, although their micro-batches differ.
 
 Under ZeRO-3 every module call of every rank is a collective: one prompt more, or one chunk of the vocabulary projection more, and
-the ranks wait for each other for ever. So each micro-batch is padded to the largest one of its turn.
+the ranks wait for each other for ever. So each micro-batch is padded to the largest one of its turn. Where one of a turn has pictures,
+every prompt of the turn goes through the vision tower, also under the other stages: gradients of all ranks meet in one order.
 """
 
 from __future__ import annotations
@@ -24,13 +25,16 @@ class Shape:
     segments: int
     tokens: int
     """Completion tokens, padding included."""
+    pictures: bool = False
+    """Prompts without a picture run the vision tower too, to no effect."""
 
 
 def shapes(batches: Sequence[PackedBatch], turns: int) -> IntArray:
-    """[turns, 2] segments and completion tokens of this rank's micro-batches; zeros where it has none."""
-    found = np.zeros((turns, 2), np.int32)
+    """[turns, 3] segments, completion tokens and segments with pictures of this rank's micro-batches; zeros where it has none."""
+    found = np.zeros((turns, 3), np.int32)
     for turn, batch in enumerate(batches):
-        found[turn] = len(batch.segments), len(batch.completion_ids)
+        shown = sum(bool(segment.images) for segment in batch.segments)
+        found[turn] = len(batch.segments), len(batch.completion_ids), shown
     return found
 
 
@@ -39,7 +43,10 @@ def common(largest: IntArray) -> list[Shape]:
 
     The rank with the most segments may have the fewest tokens, so what padding could add is added to the tokens.
     """
-    return [Shape(int(segments), int(tokens) + PADDING_TOKENS * int(segments)) for segments, tokens in largest]
+    return [
+        Shape(int(segments), int(tokens) + PADDING_TOKENS * int(segments), bool(shown))
+        for segments, tokens, shown in largest
+    ]
 
 
 def padded(batch: PackedBatch | None, segments: int) -> PackedBatch:

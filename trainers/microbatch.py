@@ -48,6 +48,7 @@ class BatchLoss:
             setup.temperature,
             shared_prefix=not setup.trainer.gradient_checkpointing,
             entropy_grad="entropy_grad" in self._needs,
+            path=setup.model.path,
         )
         self._frozen: tuple[CompletionScorer, Run] | None = None
 
@@ -64,19 +65,19 @@ class BatchLoss:
     def compare_with(self, frozen: PreTrainedModel, run: Run = lambda work: work()) -> CompletionScorer:
         """`frozen` is the start model from now on; `run` executes a computation with it."""
         frozen.requires_grad_(False)
-        self._frozen = CompletionScorer(frozen, self._setup.temperature), run
+        self._frozen = CompletionScorer(frozen, self._setup.temperature, path=self._setup.model.path), run
         return self._frozen[0]
 
     @torch.no_grad()
-    def reference_logprobs(self, batch: PackedBatch, tokens: int | None = None) -> Tensor | None:
-        """[N] under the start model, or None when no loss asks for it. `tokens` as for `CompletionScorer`."""
+    def reference_logprobs(self, batch: PackedBatch, shape: Shape | None = None) -> Tensor | None:
+        """[N] under the start model, or None when no loss asks for it. `shape` as for `CompletionScorer`."""
         if not self.needs_reference:
             return None
         with self._setup.parameters.start() or nullcontext(), self._autocast():
             if self._frozen is None:
-                return self.scorer(batch, tokens).logprobs
+                return self.scorer(batch, shape).logprobs
             scorer, run = self._frozen
-            return run(lambda: scorer(batch, tokens).logprobs)
+            return run(lambda: scorer(batch, shape).logprobs)
 
     def __call__(self, batch: PackedBatch | None, *, first: bool, shape: Shape | None = None) -> BatchResult:
         """Forward pass of one micro-batch; `first` says that the weights are still those the sampler had.
@@ -86,10 +87,9 @@ class BatchLoss:
         """
         whole = batch if shape is None else padded(batch, shape.segments)
         assert whole is not None
-        tokens = None if shape is None else shape.tokens
         with self._autocast():
-            scores = self.scorer(whole, tokens)
-        reference = self.reference_logprobs(whole, tokens)
+            scores = self.scorer(whole, shape)
+        reference = self.reference_logprobs(whole, shape)
         count = 0 if batch is None else len(batch.completion_ids)
         out = ForwardOut(
             logprobs=scores.logprobs[:count],

@@ -76,6 +76,7 @@ def _batch(segments: Sequence[Sequence[Sample]], tokens_in_step: float) -> Packe
             Segment(
                 prompt_ids=segment[0].prompt_ids,
                 lengths=np.asarray([len(sample.completion_ids) for sample in segment], np.int32),
+                images=segment[0].images,
             )
             for segment in segments
         ),

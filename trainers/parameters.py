@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
@@ -76,12 +77,18 @@ class Full:
 
 
 class LoRA:
-    """Low-rank adapters through peft (arXiv 2106.09685). The start model is the same model with the adapters switched off."""
+    """Low-rank adapters through peft (arXiv 2106.09685). The start model is the same model with the adapters switched off.
 
-    def __init__(self, *, rank: int = 16, alpha: float = 32.0, targets: list[str] | str = "all-linear") -> None:
+    Of a vision-language model the language model is adapted; `vision: true` looks for `targets` in the vision tower and the projector
+    too.
+    """
+
+    def __init__(
+        self, *, rank: int = 16, alpha: float = 32.0, targets: list[str] | str = "all-linear", vision: bool = False
+    ) -> None:
         if rank < 1 or alpha <= 0:
             raise ValueError(f"lora needs rank >= 1 and alpha > 0, got rank={rank}, alpha={alpha}")
-        self._rank, self._alpha, self._targets = rank, alpha, targets
+        self._rank, self._alpha, self._targets, self._vision = rank, alpha, targets, vision
         self._peft: Any = None
         self._layers: list[str] = []
 
@@ -95,6 +102,7 @@ class LoRA:
             r=self._rank,
             lora_alpha=self._alpha,
             target_modules=self._targets,
+            exclude_modules=None if self._vision else _outside_decoder(model),
             lora_dropout=0.0,
             bias="none",
             task_type="CAUSAL_LM",
@@ -154,6 +162,20 @@ class LoRA:
     def start(self) -> AbstractContextManager[None] | None:
         assert self._peft is not None
         return self._peft.disable_adapter()  # type: ignore[no-any-return]
+
+
+def _outside_decoder(model: PreTrainedModel) -> str | None:
+    """A pattern of the modules that are not part of the language model; None for a model of text."""
+    if getattr(model.config, "vision_config", None) is None:
+        return None
+    decoder = model.get_decoder()
+    inside = {id(module) for module in (*decoder.modules(), model.get_output_embeddings())}
+    outside = [
+        re.escape(name)
+        for name, module in model.named_modules()
+        if id(module) not in inside and not any(module.children())
+    ]
+    return "|".join(outside)
 
 
 _PEFT = "base_model.model."

@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -243,12 +243,13 @@ def recall(memory: Mapping[str, Stateful], held: Mapping[str, Mapping[str, Any]]
 
 def group_record(step: int, scored: Scored) -> dict[str, Any]:
     """One object of groups.jsonl, for people to read."""
-    size = scored.group.prompt.meta.get("image_size")
+    size, images = scored.group.prompt.meta.get("image_size"), scored.group.prompt.images
     return {
         "step": step,
         **({} if size is None else {"screen": list(size)}),
         "prompt_id": scored.group.prompt.id,
         "prompt": scored.group.prompt.text,
+        **({"images": [asdict(image) for image in images]} if images else {}),
         "label": scored.label,
         "share": round(scored.share, 4),
         "margin": round(scored.margin, 4),

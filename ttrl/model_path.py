@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from ttrl.config.load import bundled
 from ttrl.config.schema import ModelSection
 from ttrl.errors import ConfigError
+from ttrl.prompts import PromptRecord
 
 HUB_TIMEOUT = 2.0
 """Seconds."""
@@ -24,6 +27,36 @@ def check_model_path(model: ModelSection) -> None:
     if folder.exists() or looks_local:
         raise ConfigError(f"model.path {model.path!r}: no such folder (a hub name has the form org/name)")
     _check_hub(model.path)
+
+
+def check_sees(path: str, records: Iterable[PromptRecord]) -> None:
+    """Raises ConfigError when prompts have images and the model can be seen to be one of text only."""
+    shown = next((record for record in records if record.images), None)
+    file = config_file(path)
+    if shown is None or file is None:
+        return
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path {path!r}: {file.name} cannot be read: {error}") from None
+    if not isinstance(config, dict) or not config.get("vision_config"):
+        raise ConfigError(
+            f"model.path {path!r}: prompt {shown.id!r} has images, but the model is one of text only (no vision_config in its "
+            "config.json); data.images_field: null leaves the images out"
+        )
+
+
+def config_file(path: str) -> Path | None:
+    """config.json of a folder, of the bundle or in the local hub cache. Never goes online."""
+    folder = bundled(path) or Path(path)
+    if folder.is_dir():
+        return folder / "config.json"
+    if len(Path(path).parts) != 2 or path.startswith((".", "/", "~")):
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(path, "config.json")
+    return Path(found) if isinstance(found, str) else None
 
 
 def _check_hub(name: str) -> None:

@@ -100,6 +100,7 @@ def assemble(checked: Checked, check_stop: StopCheck) -> Parts:
 def _assemble(checked: Checked, check_stop: StopCheck, ending: ExitStack) -> Parts:
     nodes = _nodes(checked.recipe, check_stop, ending)  # before torch is imported: a wrong address shows at once
     from ttrl.model.load import load_tokenizer
+    from ttrl.model.processor import pictures_for
     from ttrl.sync import WeightLink, canary_text
     from ttrl.trainers.backends import TrainerSetup
 
@@ -108,8 +109,9 @@ def _assemble(checked: Checked, check_stop: StopCheck, ending: ExitStack) -> Par
     tokenizer = load_tokenizer(recipe.model.path)  # mistakes in prompts show before a model is loaded
     if isinstance(setup.objective, TokenizedObjective):
         setup.objective.take_tokenizer(tokenizer)
-    prompts = tokenize(checked.records, tokenizer, data.template, data.max_prompt_tokens)
-    heldout = tokenize(checked.heldout, tokenizer, data.template, data.max_prompt_tokens)
+    pictures = pictures_for(recipe.model.path, [*checked.records, *checked.heldout])
+    prompts = tokenize(checked.records, tokenizer, data.template, data.max_prompt_tokens, pictures)
+    heldout = tokenize(checked.heldout, tokenizer, data.template, data.max_prompt_tokens, pictures)
     longest = max(recipe.rollout.max_new_tokens, recipe.eval.max_new_tokens or 0)
     pool = _pool(recipe, check_stop, nodes)
     ending.callback(pool.close)

@@ -20,11 +20,13 @@ import numpy as np
 from ttrl.config.explain import suggest
 from ttrl.config.load import bundled
 from ttrl.errors import ConfigError
-from ttrl.templates import render
-from ttrl.types import Message, Prompt
+from ttrl.pictures import find_images, place_images
+from ttrl.templates import render, render_images
+from ttrl.types import ImageFile, Message, Prompt
 
 if TYPE_CHECKING:
     from ttrl.model.load import Tokenizer
+    from ttrl.model.processor import Pictures
 
 ROLES = ("system", "user", "assistant", "tool")
 ANSWERS = frozenset({"answer", "answers", "label", "labels", "solution", "gold", "ground_truth", "target", "bbox"})
@@ -41,6 +43,13 @@ class PromptRecord:
     messages: tuple[Message, ...]
     meta: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     """The columns that `data.keep` names."""
+    images: tuple[ImageFile, ...] = ()
+    """Their marks stand in the messages."""
+
+    @property
+    def content(self) -> tuple[Any, ...]:
+        """What was asked, pictures included: equal for two records that are the same question."""
+        return (self.messages, tuple(image.digest for image in self.images))
 
 
 Row = tuple[str, Mapping[str, Any]]
@@ -48,12 +57,14 @@ Row = tuple[str, Mapping[str, Any]]
 
 
 def read_prompts(
-    path: str, *, prompt_field: str = "prompt", id_field: str = "id", limit: int | None = None, keep: Sequence[str] = ()
-) -> list[PromptRecord]:
+    path: str, *, prompt_field: str = "prompt", id_field: str = "id", images_field: str | None = "images",
+    limit: int | None = None, keep: Sequence[str] = (),
+) -> list[PromptRecord]:  # fmt: skip
     """All prompts of a file, `bundled:` file or `hub:` data set, in order.
 
     A row has `prompt` (text, or a list of {role, content} turns) and may have an `id`; without one the id is a hash of the
-    content. `keep` names columns that become the prompt's `meta`. Raises ConfigError naming file and line for broken rows, empty
+    content. It may have `images`: a path or paths of pictures, relative to the file and inside its folder (see `ttrl.pictures`).
+    `keep` names columns that become the prompt's `meta`. Raises ConfigError naming file and line for broken rows and pictures, empty
     prompts, duplicate ids and kept columns that a row lacks, and for a kept column that holds answers.
     """
     told = sorted(ANSWERS & {name.casefold() for name in keep})
@@ -61,8 +72,10 @@ def read_prompts(
         raise ConfigError(f"data.keep names {', '.join(told)}: answers stay in the file that eval.labels names")
     records: list[PromptRecord] = []
     seen: dict[str, str] = {}
+    folder = None if path.startswith("hub:") else (bundled(path) or Path(path)).parent
     for where, row in read_rows(path):
-        record = _record(where, row, prompt_field, id_field, keep)
+        images = find_images(where, row.get(images_field), folder) if images_field is not None else ()
+        record = _record(where, row, prompt_field, id_field, keep, images)
         if record.id in seen:
             hint = (
                 ""
@@ -106,12 +119,26 @@ def read_rows(path: str) -> Iterator[Row]:
 
 
 def tokenize(
-    records: Iterable[PromptRecord], tokenizer: Tokenizer, template: str, max_tokens: int | None
-) -> list[Prompt]:
-    """Apply the template and encode. Raises ConfigError for a prompt that is empty or longer than `max_tokens`."""
+    records: Iterable[PromptRecord], tokenizer: Tokenizer, template: str, max_tokens: int | None,
+    pictures: Pictures | None = None,
+) -> list[Prompt]:  # fmt: skip
+    """Apply the template and encode. Raises ConfigError for a prompt that is empty or longer than `max_tokens`.
+
+    `pictures` (`ttrl.model.processor.open_pictures`) are needed when a record has some.
+    """
     prompts = []
     for record in records:
-        ids = render(record.messages, tokenizer, template)
+        if pictures is None:
+            if record.images:
+                raise ConfigError(
+                    f"prompt {record.id!r} has images, which are not read here; data.images_field: null leaves them out"
+                )
+            ids = marked = render(record.messages, tokenizer, template)
+        else:
+            try:
+                ids, marked = render_images(record.messages, tokenizer, template, pictures, record.images)
+            except ConfigError as error:
+                raise ConfigError(f"prompt {record.id!r}: {error}") from None
         if not ids:
             raise ConfigError(f"prompt {record.id!r} has no tokens after template {template!r}")
         if max_tokens is not None and len(ids) > max_tokens:
@@ -120,8 +147,11 @@ def tokenize(
                 "raise the limit or remove the prompt (prompts are never cut)"
             )
         prompts.append(
-            Prompt(id=record.id, messages=record.messages, token_ids=np.asarray(ids, np.int32), meta=record.meta)
-        )
+            Prompt(
+                id=record.id, messages=record.messages, token_ids=np.asarray(ids, np.int32), images=record.images,
+                marked_ids=np.asarray(marked, np.int32) if record.images else None, meta=record.meta,
+            )
+        )  # fmt: skip
     return prompts
 
 
@@ -139,15 +169,23 @@ def check_room(prompts: Iterable[Prompt], max_new_tokens: int, max_positions: in
         )
 
 
-def _record(where: str, row: Mapping[str, Any], prompt_field: str, id_field: str, keep: Sequence[str]) -> PromptRecord:
+def _record(
+    where: str,
+    row: Mapping[str, Any],
+    prompt_field: str,
+    id_field: str,
+    keep: Sequence[str],
+    images: tuple[ImageFile, ...],
+) -> PromptRecord:
     if prompt_field not in row:
         raise ConfigError(
             f"{where}: no field {prompt_field!r}.{suggest(prompt_field, row)} (data.prompt_field names it)"
         )
-    messages = _messages(where, row[prompt_field])
+    messages = place_images(where, _messages(where, row[prompt_field]), len(images))
     identifier = row.get(id_field)
     if identifier is None or identifier == "":
-        content = json.dumps([[m.role, m.content] for m in messages], ensure_ascii=False)
+        turns: list[Any] = [[m.role, m.content] for m in messages]
+        content = json.dumps(turns + [image.digest for image in images], ensure_ascii=False)
         identifier = hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
     if not isinstance(identifier, str | int) or isinstance(identifier, bool):
         raise ConfigError(f"{where}: the id must be text or a whole number, got {identifier!r}")
@@ -156,7 +194,7 @@ def _record(where: str, row: Mapping[str, Any], prompt_field: str, id_field: str
     if absent:
         raise ConfigError(f"{where}: no field {absent[0]!r}.{suggest(absent[0], row)} (data.keep names it)")
     meta = MappingProxyType({name: row[name] for name in keep})
-    return PromptRecord(id=str(identifier), messages=messages, meta=meta)
+    return PromptRecord(id=str(identifier), messages=messages, meta=meta, images=images)
 
 
 def _messages(where: str, value: Any) -> tuple[Message, ...]:

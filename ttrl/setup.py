@@ -17,7 +17,7 @@ from ttrl.evaluate.evaluator import check_labels
 from ttrl.evaluate.labels import read_labels
 from ttrl.evaluate.regions import check_regions
 from ttrl.guards import build_guards
-from ttrl.model_path import check_model_path
+from ttrl.model_path import check_model_path, check_sees
 from ttrl.modes import Mode
 from ttrl.prompts import PromptRecord, read_prompts
 from ttrl.protocols import (
@@ -84,6 +84,7 @@ def check_recipe(recipe: Recipe) -> Checked:
     attempt(lambda: check_sinks(recipe))
     attempt(lambda: check_cluster(recipe.cluster))
     attempt(lambda: check_transport(recipe))
+    attempt(lambda: _check_engine(recipe))
     if reward is not None and recipe.rollout.votes_per_prompt < reward.min_votes:
         problems.append(
             f"rollout.votes_per_prompt is {recipe.rollout.votes_per_prompt}, but the reward needs at least {reward.min_votes}"
@@ -121,6 +122,8 @@ def check_recipe(recipe: Recipe) -> Checked:
         attempt(lambda: _hand_labels(recipe, reward, records or []))
     split = recipe.eval.heldout
     heldout = attempt(lambda: _heldout(recipe, split, records or [])) if split is not None else []
+    shown = [record for record in [*(records or []), *(heldout or [])] if record.images]
+    attempt(lambda: check_images(recipe, shown))
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(line for problem in problems for line in problem.split("\n"))))
     return Checked(recipe=recipe, records=records, heldout=heldout, source=source, reward=reward, reader=reader,
@@ -217,14 +220,33 @@ def _plugs(recipe: Recipe) -> list[tuple[str, Plug]]:
 
 def _read(recipe: Recipe, path: str, limit: int | None) -> list[PromptRecord]:
     return read_prompts(
-        path, prompt_field=recipe.data.prompt_field, id_field=recipe.data.id_field, limit=limit, keep=recipe.data.keep
-    )
+        path, prompt_field=recipe.data.prompt_field, id_field=recipe.data.id_field, images_field=recipe.data.images_field,
+        limit=limit, keep=recipe.data.keep,
+    )  # fmt: skip
+
+
+def _check_engine(recipe: Recipe) -> None:
+    engine = recipe.rollout.engine
+    if (
+        engine.use == "vllm"
+        and engine.options.get("implementation") == "transformers"
+        and recipe.cluster.backend == "local"
+    ):
+        raise ConfigError(
+            "rollout.engine vllm with implementation: transformers changes transformers in its process, where the trainer needs it "
+            "unchanged; set cluster.backend: ray, which gives the engine a process of its own"
+        )
+
+
+def check_images(recipe: Recipe, shown: Sequence[PromptRecord]) -> None:
+    """Raises ConfigError when prompts have images and something of the recipe cannot take them."""
+    check_sees(recipe.model.path, shown)
 
 
 def _heldout(recipe: Recipe, split: PromptSet, adapted: Sequence[PromptRecord]) -> list[PromptRecord]:
     records = _read(recipe, split.prompts, recipe.eval.limit)
-    seen = {record.messages for record in adapted}
-    both = [record.id for record in records if record.messages in seen]
+    seen = {record.content for record in adapted}
+    both = [record.id for record in records if record.content in seen]
     if both:
         raise ConfigError(
             f"eval.heldout: {len(both)} prompts are trained on ({', '.join(both[:3])}); they are not held out"

@@ -14,7 +14,7 @@ from ttrl.config.schema import ModelSection, Plug
 from ttrl.contract import Blame, check_scored
 from ttrl.errors import ConfigError
 from ttrl.evaluate.regions import check_screens
-from ttrl.model_path import check_model_path
+from ttrl.model_path import check_model_path, check_sees
 from ttrl.prompts import check_room, read_prompts, tokenize
 from ttrl.protocols import Pool, Reward, RewardContext
 from ttrl.registry import build
@@ -78,13 +78,15 @@ def solve(call: SolveCall) -> list[Solved]:
     if call.votes < reward.min_votes:
         raise ConfigError(f"--votes {call.votes}: {call.reward} needs at least {reward.min_votes}")
     records = read_prompts(call.prompts, limit=call.limit, keep=call.keep)
+    check_sees(call.model, records)
     if isinstance(reward, RegionConsistency):
         check_screens(records)
+    from ttrl.model.processor import pictures_for
     from ttrl.rollout.pool import LocalPool  # imports torch: only after everything above was found to be right
 
     with StopSwitch() as switch:
         engine = hf(section, switch.check)
-        prompts = tokenize(records, engine.tokenizer, call.template, None)
+        prompts = tokenize(records, engine.tokenizer, call.template, None, pictures_for(call.model, records))
         check_room(prompts, call.max_new_tokens, engine.max_positions)
         spec = SamplingSpec(
             max_new_tokens=call.max_new_tokens, temperature=call.temperature, top_p=call.top_p,

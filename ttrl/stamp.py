@@ -29,6 +29,8 @@ def stamp(recipe: Recipe, records: Iterable[PromptRecord]) -> dict[str, str]:
     digest = hashlib.sha256()
     for record in records:
         digest.update(repr((record.id, [(m.role, m.content) for m in record.messages])).encode())
+        if record.images:
+            digest.update(repr([image.digest for image in record.images]).encode())
         if record.meta:
             digest.update(repr(sorted(record.meta.items())).encode())
     found["prompts"] = f"sha256 {digest.hexdigest()[:16]}"

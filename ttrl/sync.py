@@ -95,6 +95,19 @@ class WeightLink:
 
 
 def canary_text(prompts: Sequence[Prompt], max_positions: int | None) -> IntArray:
-    """The first tokens of the prompts, one after the other: a fixed text that needs no tokenizer."""
+    """The first tokens of the prompts, one after the other: a fixed text that needs no tokenizer, and has no pictures.
+
+    So it says nothing of a vision tower. That its weights came is the manifest's part, that the engine sees as the trainer does is in
+    the log-probs of the rollouts of every step (`WeightLink.check_on_policy`).
+    """
     limit = min(CANARY_TOKENS, max_positions or CANARY_TOKENS)
-    return np.concatenate([prompt.token_ids for prompt in prompts[:CANARY_TOKENS]])[:limit].astype(np.int32)
+    return np.concatenate([_words(prompt) for prompt in prompts[:CANARY_TOKENS]])[:limit].astype(np.int32)
+
+
+def _words(prompt: Prompt) -> IntArray:
+    """[W] tokens of a prompt without those that became more because of a picture."""
+    if prompt.marked_ids is None:
+        return prompt.token_ids
+    size = int(max(prompt.token_ids.max(), prompt.marked_ids.max())) + 1
+    grown = np.bincount(prompt.token_ids, minlength=size) > np.bincount(prompt.marked_ids, minlength=size)
+    return prompt.marked_ids[~grown[prompt.marked_ids]]

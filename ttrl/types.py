@@ -38,6 +38,16 @@ class Message:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ImageFile:
+    """A picture of a prompt, by name and content. What travels between processes is this; whoever needs pixels opens the file."""
+
+    path: str
+    """Absolute. On a cluster, a file system that all nodes share."""
+    digest: str
+    """SHA-256 of the file, 64 hex digits: a file that changed, or is another one on another node, is an error when it is opened."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
     """An unlabelled question. There is no answer field, on purpose.
 
@@ -48,8 +58,11 @@ class Prompt:
     """The id given in the prompts file, else a hash of the content. Unique in a run."""
     messages: tuple[Message, ...]
     token_ids: IntArray
-    """[P] what the engine is given: template applied, special tokens included."""
-    images: tuple[str, ...] = ()
+    """[P] what the engine is given: template applied, special tokens included, and as many image tokens as the pictures take."""
+    images: tuple[ImageFile, ...] = ()
+    """In the order of their image tokens."""
+    marked_ids: IntArray | None = None
+    """As `token_ids`, but with one image token per picture: for engines that count image tokens themselves. None without pictures."""
     meta: Mapping[str, Any] = field(default_factory=lambda: _EMPTY)
     """Other columns of the prompts file that the recipe asked to keep (never labels)."""
 
@@ -200,6 +213,8 @@ class Sample:
     """[T] the sampler's entropies in nats, when a part of the objective needs them. They are not packed."""
     extras: Mapping[str, FloatArray] = field(default_factory=lambda: _EMPTY)
     """[T] each: named numbers per token that the loss will see again. All samples of a step carry the same names."""
+    images: tuple[ImageFile, ...] = ()
+    """Of the prompt; equal for all samples of a group."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,6 +225,8 @@ class Segment:
     """[P]"""
     lengths: IntArray
     """[R] completion lengths; the tokens of row r lie one after the other in the flat arrays."""
+    images: tuple[ImageFile, ...] = ()
+    """Of the prompt. Pixels are made where the forward pass runs, once per segment."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -62,6 +62,10 @@ class DataSection(Section):
     template: str = Field("chat", description="chat, boxed, choice, raw, or a text file with {prompt} in it")
     prompt_field: str = "prompt"
     id_field: str = "id"
+    images_field: str | None = Field(
+        "images",
+        description="column with a path or paths of pictures, relative to the prompts file; null: none is read",
+    )
     keep: tuple[str, ...] = Field(
         (), description="other columns that rewards and evaluation may see, such as image_size; never answers"
     )

@@ -12,7 +12,7 @@ from ttrl.errors import ConfigError
 from ttrl.evaluate.evaluator import Evaluation, Evaluator
 from ttrl.evaluate.labels import read_labels
 from ttrl.evaluate.stopped import RegretEvaluator, StoppedEvaluation, check_goals
-from ttrl.model_path import check_model_path
+from ttrl.model_path import check_model_path, check_sees
 from ttrl.probing import Stops
 from ttrl.prompts import check_room, read_prompts, tokenize
 from ttrl.protocols import Pool
@@ -113,13 +113,15 @@ def _opened(call: EvalCall) -> Iterator[Opened]:
     except ValueError as error:
         raise ConfigError(f"--extractor: {error}") from None
     records = read_prompts(call.prompts, limit=call.limit)
+    check_sees(call.model, records)
     if call.labels is not None:
         read_labels(call.labels, [record.id for record in records])
+    from ttrl.model.processor import pictures_for
     from ttrl.rollout.pool import LocalPool  # imports torch: only after everything above was found to be right
 
     with StopSwitch() as switch:
         engine = hf(section, switch.check)
-        prompts = tokenize(records, engine.tokenizer, call.template, None)
+        prompts = tokenize(records, engine.tokenizer, call.template, None, pictures_for(call.model, records))
         check_room(prompts, call.max_new_tokens, engine.max_positions)
         spec = SamplingSpec(max_new_tokens=call.max_new_tokens, temperature=call.temperature, top_p=call.top_p)
         yield list(prompts), reader, spec, LocalPool(engine)

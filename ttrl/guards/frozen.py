@@ -49,8 +49,10 @@ def choose(
     scored: Sequence[Scored], count: int, max_tokens: int, score: ScoreText, decode: Decode
 ) -> tuple[Probe, ...]:
     """At most `count` probes from the groups of the start model: the clearest leads, of each the shortest complete rollout that
-    gave the leading answer; prompts whose shortest one is longer than `max_tokens` (prompt included) are left out."""
-    led = [(votes, item) for item in scored if (votes := votes_of(item)).leader is not None]
+    gave the leading answer; prompts whose shortest one is longer than `max_tokens` (prompt included) are left out, and so are
+    prompts with pictures, since a text is all that is scored."""
+    texts = [item for item in scored if not item.group.prompt.images]
+    led = [(votes, item) for item in texts if (votes := votes_of(item)).leader is not None]
     led.sort(key=lambda pair: (-pair[0].lead / pair[0].drawn, pair[0].prompt_id))
     probes: list[Probe] = []
     for votes, item in led:

@@ -1,18 +1,31 @@
-"""Loading a causal LM and its tokenizer from a folder, the bundle or a hub: safetensors only, no remote code."""
+"""Loading a causal LM, with or without a vision tower, and its tokenizer: safetensors only, no remote code."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+)
+from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, cached_file
 
 from ttrl.config.load import bundled
 from ttrl.config.schema import ModelSection
 from ttrl.errors import ConfigError
 
+_SEEING = AutoModelForImageTextToText._model_mapping
+"""Configurations that transformers has a vision-language model for."""
+_PROCESSOR_FILES = (
+    PROCESSOR_NAME, IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, "chat_template.json", "chat_template.jinja",
+)  # fmt: skip
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -62,7 +75,10 @@ def load_model(section: ModelSection) -> PreTrainedModel:
     if section.threads is not None:
         torch.set_num_threads(section.threads)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(resolve_path(section.path), trust_remote_code=False)
+        sees = getattr(config, "vision_config", None) is not None and type(config) in _SEEING
+        loader = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+        model = loader.from_pretrained(
             resolve_path(section.path),
             dtype=DTYPES[section.dtype],
             attn_implementation="sdpa",
@@ -74,6 +90,17 @@ def load_model(section: ModelSection) -> PreTrainedModel:
             f"model.path {section.path!r}: cannot load a causal LM from safetensors: {_first_line(error)}"
         ) from error
     return cast(PreTrainedModel, model.to(device).eval())
+
+
+def copy_processor(path: str, folder: Path) -> None:
+    """The files of a vision-language model that say how it takes pictures, as they are: not every processor can be loaded here."""
+    for name in _PROCESSOR_FILES:
+        found = cached_file(
+            resolve_path(path), name, _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False, _raise_exceptions_for_gated_repo=False,
+        )  # fmt: skip
+        if found is not None and not (folder / name).exists():
+            shutil.copyfile(found, folder / name)
 
 
 def resolve_path(path: str) -> str:

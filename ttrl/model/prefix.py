@@ -21,6 +21,8 @@ from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from ttrl.model.eyes import Seen
+
 log = logging.getLogger(__name__)
 
 IMPLEMENTATION = "ttrl_shared_prefix"
@@ -149,32 +151,39 @@ class SharedPrefix:
         self._model = model
         self._layers = [PrefixLayer() for _ in range(model.config.get_text_config().num_hidden_layers)]
         self._cache = Cache(layers=list(self._layers))
-        self._prompt = 0
+        self._next = 0
+        """Position of the first token behind the prompt."""
+        self._steps = 0
 
-    def prefill(self, prompt: Tensor, **kwargs: Any) -> Any:
-        """prompt [P] -> the model's output for it (batch of one)."""
-        self._prompt = int(prompt.shape[0])
-        return self._run(prompt[None], torch.arange(self._prompt, device=prompt.device)[None], **kwargs)
+    def prefill(self, prompt: Tensor | Seen, **kwargs: Any) -> Any:
+        """prompt [P], or one with pictures -> the model's output for it (batch of one)."""
+        if isinstance(prompt, Seen):
+            self._next = prompt.next_position
+            return self._run(prompt.positions, inputs_embeds=prompt.embeds[None], **kwargs)
+        self._next = int(prompt.shape[0])
+        return self._run(torch.arange(self._next, device=prompt.device)[None], input_ids=prompt[None], **kwargs)
 
     def step(self, tokens: Tensor) -> Tensor:
         """tokens [R] -> logits [R, vocabulary] of the next one."""
-        position = self._cache.get_seq_length()
+        position = self._next + self._steps
+        self._steps += 1
         positions = torch.full((1, 1), position, dtype=torch.long, device=tokens.device)
-        return self._run(tokens[:, None], positions).logits[:, -1]  # type: ignore[no-any-return]
+        return self._run(positions, input_ids=tokens[:, None]).logits[:, -1]  # type: ignore[no-any-return]
 
     def suffix(self, tokens: Tensor, **kwargs: Any) -> Any:
         """tokens [R, T], right-padded (causality hides the padding) -> the model's output for them."""
         for layer in self._layers:
             layer.decoding = False
-        return self._run(tokens, self._prompt + torch.arange(tokens.shape[1], device=tokens.device)[None], **kwargs)
+        positions = self._next + torch.arange(tokens.shape[1], device=tokens.device)[None]
+        return self._run(positions, input_ids=tokens, **kwargs)
 
     def keep(self, rows: Tensor) -> None:
         """Finished rows leave the batch."""
         for layer in self._layers:
             layer.keep(rows)
 
-    def _run(self, ids: Tensor, positions: Tensor, **kwargs: Any) -> Any:
-        return self._model(input_ids=ids, position_ids=positions, past_key_values=self._cache, use_cache=True, **kwargs)
+    def _run(self, positions: Tensor, **kwargs: Any) -> Any:
+        return self._model(position_ids=positions, past_key_values=self._cache, use_cache=True, **kwargs)
 
 
 class ExpandedPrefix:
@@ -184,15 +193,28 @@ class ExpandedPrefix:
         self._model = model
         self._cache = DynamicCache(config=model.config)
         self._expanded = False
+        self._next: int | None = None
+        """Position of the next token; None leaves counting to the model, as not every model of text takes positions."""
 
-    def prefill(self, prompt: Tensor, **kwargs: Any) -> Any:
-        return self._model(input_ids=prompt[None], past_key_values=self._cache, use_cache=True, **kwargs)
+    def prefill(self, prompt: Tensor | Seen, **kwargs: Any) -> Any:
+        if isinstance(prompt, Seen):
+            self._next = prompt.next_position
+            kwargs |= {"inputs_embeds": prompt.embeds[None], "position_ids": prompt.positions}
+        else:
+            kwargs |= {"input_ids": prompt[None]}
+        return self._model(past_key_values=self._cache, use_cache=True, **kwargs)
 
     def step(self, tokens: Tensor) -> Tensor:
+        rows = int(tokens.shape[0])
         if not self._expanded:
-            self._cache.batch_repeat_interleave(int(tokens.shape[0]))
+            self._cache.batch_repeat_interleave(rows)
             self._expanded = True
-        return self._model(input_ids=tokens[:, None], past_key_values=self._cache, use_cache=True).logits[:, -1]  # type: ignore[no-any-return]
+        placed = {}
+        if self._next is not None:
+            placed = {"position_ids": torch.full((rows, 1), self._next, dtype=torch.long, device=tokens.device)}
+            self._next += 1
+        found = self._model(input_ids=tokens[:, None], past_key_values=self._cache, use_cache=True, **placed)
+        return found.logits[:, -1]  # type: ignore[no-any-return]
 
     def keep(self, rows: Tensor) -> None:
         if self._expanded:
@@ -209,21 +231,21 @@ def enable_shared_prefix(model: PreTrainedModel) -> bool:
     if kinds:  # a few tokens fit into every window, so trying would not show the difference
         log.warning("%s: no shared prefix (layers with %s)", type(model).__name__, ", ".join(sorted(kinds)))
         return False
-    before = model.config._attn_implementation
+    before = model.config.get_text_config()._attn_implementation
     ids = torch.arange(1, 8, device=model.device) % model.config.get_text_config().vocab_size
     prompt, rows = ids[:4], torch.stack([ids[4:], ids[4:].flip(0)])
     try:
         with torch.no_grad():
             plain = model(input_ids=torch.cat([prompt.expand(2, -1), rows], dim=1)).logits[:, 4:].float()
-            model.set_attn_implementation(IMPLEMENTATION)
+            _attend(model, IMPLEMENTATION)
             worst = _disagreement(model, prompt, rows, plain)
     except (NotImplementedError, AttributeError, TypeError, RuntimeError, ValueError, KeyError) as error:
-        model.set_attn_implementation(before)
+        _attend(model, before)
         log.warning("%s: no shared prefix (%s); prompts are copied per row", type(model).__name__, error)
         return False
     # Wide enough for rounding in half precision, far narrower than what a wrong mask or position does to logits
     if not worst <= (1e-3 if model.dtype == torch.float32 else 5e-2):
-        model.set_attn_implementation(before)
+        _attend(model, before)
         log.warning(
             "%s: shared prefix is %.1e off a plain forward pass; prompts are copied per row",
             type(model).__name__,
@@ -231,6 +253,12 @@ def enable_shared_prefix(model: PreTrainedModel) -> bool:
         )
         return False
     return True
+
+
+def _attend(model: PreTrainedModel, implementation: str) -> None:
+    """For the language model; a vision tower looks in both directions and keeps its own."""
+    parts = model.config.sub_configs
+    model.set_attn_implementation({"text_config": implementation} if "text_config" in parts else implementation)
 
 
 def _disagreement(model: PreTrainedModel, prompt: Tensor, rows: Tensor, plain: Tensor) -> float:

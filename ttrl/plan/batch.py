@@ -137,10 +137,19 @@ def _longest_prompt(recipe: Recipe) -> tuple[int, str]:
     if data.prompts.startswith("hub:") or not file.is_file():
         guess = data.max_prompt_tokens or PROMPT_GUESS
         return guess, f"longest prompt {guess} tokens: assumed, {data.prompts} was not read (--prompt-tokens)"
-    records = read_prompts(data.prompts, prompt_field=data.prompt_field, id_field=data.id_field, limit=limit)
+    records = read_prompts(
+        data.prompts,
+        prompt_field=data.prompt_field,
+        id_field=data.id_field,
+        images_field=data.images_field,
+        limit=limit,
+    )
     texts = sorted((_text(record, data.template) for record in records), key=len)[-_COUNTED:]
     longest, how = _count(texts, recipe.model.path)
     longest += CHAT_TOKENS if data.template in INSTRUCTIONS else 0
+    shown = sum(bool(record.images) for record in records)
+    if shown:
+        how += f"; {shown} prompts have images, whose tokens are not counted (--prompt-tokens counts them)"
     return longest, f"longest prompt {longest} tokens: {how}"
 
 

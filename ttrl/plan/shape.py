@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ttrl.config.explain import suggest
-from ttrl.config.load import bundled
 from ttrl.errors import ConfigError
+from ttrl.model_path import config_file
 
 Linear = tuple[str, int, int]
 """Name of a projection, its inputs and its outputs."""
@@ -114,8 +114,7 @@ def find_shape(path: str, size: str | None = None) -> ModelShape:
     """
     if size is not None:
         return shape_of_size(size)
-    folder = bundled(path) or Path(path)
-    file = folder / "config.json" if folder.is_dir() else _cached(path)
+    file = config_file(path)
     if file is not None:
         return read_shape(file, path)
     name = path.rstrip("/").split("/")[-1]
@@ -130,16 +129,6 @@ def find_shape(path: str, size: str | None = None) -> ModelShape:
     )
 
 
-def _cached(path: str) -> Path | None:
-    """config.json in the local hub cache. Never goes online."""
-    if len(Path(path).parts) != 2 or path.startswith((".", "/", "~")):
-        return None
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(path, "config.json")
-    return Path(found) if isinstance(found, str) else None
-
-
 def read_shape(file: Path, path: str) -> ModelShape:
     """From a config.json. Raises ConfigError for a file that is missing, broken or of another kind of model."""
     where = f"model.path {path!r}"
@@ -152,6 +141,7 @@ def read_shape(file: Path, path: str) -> ModelShape:
     remedy = "give the size instead: --params 7B"
     if not isinstance(config, dict):
         raise ConfigError(f"{where}: {file.name} is not a JSON object; {remedy}")
+    seeing = "; its vision tower is not counted" if config.get("vision_config") else ""
     config = config.get("text_config") or config
     kind = str(config.get("model_type", "unknown"))
     if any(config.get(key) for key in _MIXTURE):
@@ -172,7 +162,7 @@ def read_shape(file: Path, path: str) -> ModelShape:
         qkv_bias=kind == "qwen2" or bool(config.get("attention_bias")), qk_norm=kind == "qwen3",
         shared_prefix=not set(config.get("layer_types") or ()) - {"full_attention"},
         positions=config.get("max_position_embeddings"),
-        source="config.json" if kind in GATED else f"config.json (type {kind}, counted as if it were llama)",
+        source=("config.json" if kind in GATED else f"config.json (type {kind}, counted as if it were llama)") + seeing,
     )  # fmt: skip
 
 

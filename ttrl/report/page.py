@@ -10,6 +10,7 @@ from typing import Any
 from ttrl.config import Recipe, load_recipe
 from ttrl.evaluate.seal import label_files
 from ttrl.report.plots import accuracy, curve, share_map
+from ttrl.report.thumbs import thumbs
 from ttrl.report.votemap import vote_map
 from ttrl.rundir import EVAL, EVENTS, GROUPS, LEDGER, LUCK, METRICS, RECIPE, REPORT, RunDir
 from ttrl.stamp import from_comments
@@ -276,11 +277,13 @@ def _spread(groups: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def _clipped(group: Mapping[str, Any]) -> dict[str, Any]:
+    shown = thumbs(group)
     rollouts = [{**rollout, "text": _clip(rollout["text"])} for rollout in group["rollouts"]]
     return {
         **group,
         "prompt": _clip(group["prompt"]),
-        "map": vote_map(group),
+        "thumbs": shown,
+        "map": vote_map(group, shown[0].data if shown else None),
         "rollouts": sorted(rollouts, key=lambda r: (-r["reward"], r["class"])),
     }
 

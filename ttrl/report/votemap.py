@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from ttrl.report.plots import BLUE, ORANGE
 
@@ -13,8 +13,9 @@ LONGEST_SIDE = 360
 """Pixels of the picture; the numbers inside are those of the original screen."""
 
 
-def vote_map(group: Mapping[str, Any]) -> Markup | None:
-    """SVG for a group of groups.jsonl whose answers are regions; None for any other group. Everything in it is a number."""
+def vote_map(group: Mapping[str, Any], picture: str | None = None) -> Markup | None:
+    """SVG for a group of groups.jsonl whose answers are regions; None for any other group. Everything in it is a number, but for
+    `picture`, the screenshot as a data URL of our own making."""
     screen = group.get("screen")
     boxes = [box for box in (_numbers(rollout["answer"]) for rollout in group["rollouts"]) if box is not None]
     if not screen or not boxes:
@@ -32,10 +33,11 @@ def vote_map(group: Mapping[str, Any]) -> Markup | None:
             _rectangle(elected, line),
             f'<circle cx="{x:.3f}" cy="{y:.3f}" r="{4 / scale:.3f}" fill="{ORANGE}"/>',
         ]
+    below = f'<image href="{escape(picture)}" width="{width}" height="{height}" opacity="0.6"/>' if picture else ""
     return Markup(
         f'<svg class="votemap" role="img" aria-label="map of {len(boxes)} predicted regions" viewBox="0 0 {width} {height}" '
         f'width="{width * scale:.0f}" height="{height * scale:.0f}"><rect width="{width}" height="{height}" fill="none" '
-        f'stroke="currentColor" stroke-width="{1 / scale:.3f}"/>{"".join(shapes)}</svg>'
+        f'stroke="currentColor" stroke-width="{1 / scale:.3f}"/>{below}{"".join(shapes)}</svg>'
     )
 
 
