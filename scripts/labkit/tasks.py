@@ -152,7 +152,7 @@ MISLED = Task(
             claims=(Claim(text="popular wrong answers are paid as well", order="<"),),
         ),
         Entry(
-            name="selective", recipe="lab/misled", changes=reward("selective"),
+            name="selective", recipe="lab/misled", changes=reward("selective", ", min_share: 0.4, min_margin: 0.15, rare_share: 0.15"),
             claims=(above("vote", "labels for clear votes only do less harm"),),
         ),
         Entry(
