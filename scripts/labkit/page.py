@@ -35,8 +35,8 @@ worth on a large one.
 drawn anew and crossed (pigeonhole bootstrap, 10,000 draws). All rows of a seed are evaluated with the same random numbers, which keeps
 differences small where models are alike.{few} An interval that excludes 0 by little may be chance: this page has dozens of them.
 
-**Claims** are what a paper promises or a control is for; they were written down before the runs. *Shown*: the interval excludes 0 on
-the claimed side. *Cannot be told*: it holds 0, so more runs might show it or its opposite.
+**Claims** are what a paper promises or a control is for. *Shown*: the interval excludes 0 on the claimed side. *Cannot be told*: it
+holds 0, so more runs might show it or its opposite.
 
 **Columns.** maj@16 is the vote of 16 samples, pass@16 the chance that one of 16 is right, both before -> after. Tokens are those
 sampled by training, per run. Learned / sharpened / corrupted count prompts, summed over seeds ([evaluation](evaluation.md)), in

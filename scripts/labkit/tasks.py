@@ -1,7 +1,7 @@
 """What the lab runs: tasks, each with one protocol and one row per recipe, and what every row is to show.
 
-A claim is what the method's paper, or the purpose of a control, promises. It stands here before anything is run; whether the numbers
-bear it out is computed in `labkit.page`, and nothing here knows an outcome.
+A claim is what the method's paper, or the purpose of a control, promises; whether the numbers bear it out is
+computed in `labkit.claims`, and nothing here knows an outcome.
 """
 
 from __future__ import annotations
@@ -119,15 +119,15 @@ TOO_FAST = Task(
         Entry(name="vote", recipe="lab/collapse", claims=(Claim(text="the model is destroyed", order="<"),)),
         Entry(
             name="sentinel", recipe="lab/sentinel",
-            claims=(above("vote", "the destructive update is taken back"), Claim(text="the run still ends above its start")),
+            claims=(above("vote", "it ends better than without a guard"), Claim(text="the run still ends above its start")),
         ),
         Entry(
             name="strong KL anchor", recipe="lab/collapse", changes=("stabilizers=[{use: kl, with: {coefficient: 0.1}}]",),
-            claims=(above("vote", "a KL penalty a hundred times as strong holds the model"),),
+            claims=(above("vote", "a KL penalty a hundred times as strong loses less"),),
         ),
         Entry(
             name="EMA teacher votes", recipe="lab/ema-vote", changes=(RATE,),
-            claims=(above("vote", "labels of a slow average hold the model"),),
+            claims=(above("vote", "labels of a slow average lose less"),),
         ),
         Entry(
             name="control: gold", recipe="lab/control-gold", changes=(RATE,),
