@@ -58,12 +58,12 @@ def compare_runs(folders: Sequence[Path]) -> Comparison:
     """Raises ConfigError for folders that hold no run with an end, and for runs that cannot be compared."""
     if len(folders) < 2:
         raise ConfigError("ttrl compare needs at least two run folders")
-    runs = [_read(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
+    runs = [read_run(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
     shared = [split for split in SPLITS if all(run.book.before(split) is not None for run in runs)]
     if "adapted" not in shared:
         missing = [run.name for run in runs if run.book.before("adapted") is None]
         raise ConfigError(f"{', '.join(missing)}: has no evaluation to compare; it ended before the first one")
-    _check_protocols(runs, shared)
+    check_protocols(runs, shared)
     sheets = [_measures(runs, split) for split in shared]
     return Comparison(sheets=(*sheets, _costs(runs), _ledgers(runs)), notes=tuple(_notes(runs, shared)))
 
@@ -97,7 +97,8 @@ def to_markdown(comparison: Comparison) -> str:
     return text + "".join(f"- {html.escape(note, quote=False)}\n" for note in comparison.notes)
 
 
-def _read(folder: Path, name: str) -> Run:
+def read_run(folder: Path, name: str) -> Run:
+    """A run that has ended. Raises ConfigError when the folder holds none, or one that cannot be read."""
     for file in (RECIPE, SUMMARY, EVALUATIONS):
         if not (folder / file).is_file():
             raise ConfigError(f"{folder}: holds no run that has ended (no {file})")
@@ -123,7 +124,8 @@ def _names(folders: Sequence[Path]) -> list[str]:
     return ["".join(c if c.isprintable() else "?" for c in name) for name in found]
 
 
-def _check_protocols(runs: Sequence[Run], splits: Sequence[str]) -> None:
+def check_protocols(runs: Sequence[Run], splits: Sequence[str]) -> None:
+    """Raises ConfigError, with every field that differs, unless all runs were measured alike on these splits."""
     problems = []
     for split in splits:
         wanted = next(runs[0].evaluations(split)).protocol

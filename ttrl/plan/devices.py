@@ -79,8 +79,8 @@ DEVICES = (
 )
 
 CPU_FLOPS, CPU_BANDWIDTH = 35e9, 10e9
-"""Per core, float32, as reached and not as promised: SmolLM2-135M sampled 114 tokens/s in groups of 16 on one core (docs/results.md),
-which is 16 x 2 x 134.5e6 FLOP in 0.14 s. Another CPU may be several times faster."""
+"""Per core, float32, as reached and not as promised: SmolLM2-135M sampled 114 tokens/s in groups of 16 on one core
+(docs/measurements.md), which is 16 x 2 x 134.5e6 FLOP in 0.14 s. Another CPU may be several times faster."""
 
 
 def parse_gpus(text: str | None, *, memory: float | None = None) -> Fleet:
