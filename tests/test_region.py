@@ -159,7 +159,9 @@ def test_the_evaluator_counts_centres_in_boxes_per_source_and_type(tmp_path):
     labels.write_text("".join(json.dumps({"id": i, "answer": a}) + "\n" for i, a in [
         ("a", "[0,0,4,4]"), ("b", "[5,5,9,9]"), ("c", "[0,0,4,4]")
     ]))  # fmt: skip
-    prompts = [prompt(identifier=i, data_source="web", data_type=t) for i, t in [("a", "icon"), ("b", "text"), ("c", "text")]]
+    prompts = [
+        prompt(identifier=i, data_source="web", data_type=t) for i, t in [("a", "icon"), ("b", "text"), ("c", "text")]
+    ]
     texts = {
         "a": ["[1,1,3,3]", "[4,4,8,8]", "?", "[0,0,8,8]"],
         "b": ["[0,0,2,2]", "[6,6,8,8]", "[6,6,8,8]", "[0,0,2,2]"],

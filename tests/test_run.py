@@ -204,6 +204,7 @@ def test_a_failing_plugin_is_named_and_the_run_resumes_exactly(finished, tmp_pat
     assert (tmp_path / "run" / "ledger.jsonl").read_text() == (finished / "ledger.jsonl").read_text()
 
 
+@pytest.mark.slow  # tests/test_kill.py kills at five instants
 def test_a_killed_run_resumes_exactly(finished, tmp_path):
     folder = tmp_path / "run"
     process = start(folder)

@@ -13,13 +13,16 @@ from types import ModuleType
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
+from ttrl.config import load_recipe
 from ttrl.config.load import ASSETS
 from ttrl.config.schema import ModelSection
 from ttrl.model.processor import open_pictures
 from ttrl.prompts import PromptRecord, read_prompts, tokenize
 from ttrl.rewards.structured import box_answer, parse_box
 from ttrl.rollout.engines import hf
+from ttrl.run import run
 from ttrl.types import Request, SamplingSpec
 
 FOLDER = ASSETS / "tiny-eyes"
@@ -90,7 +93,7 @@ def test_a_choice_label_is_the_letter_of_a_word_that_is_in_the_picture(scenes: M
     right = labels("choice", split)
     boxes = labels("click", split)
     for record in records("choice", split):
-        options = dict((letter, word) for word, letter in re.findall(r"(\w+) ([A-D])\b", question(record)))
+        options = {letter: word for word, letter in re.findall(r"(\w+) ([A-D])\b", question(record))}
         assert sorted(options) == list("ABCD") and len(set(options.values())) == 4
         word, pixels = options[right[record.id]], np.asarray(picture(record))
         if record.meta["data_type"] == "shape":  # the shape is named, a colour is asked for
@@ -118,16 +121,34 @@ def test_the_prompt_files_are_what_the_script_writes(tmp_path: Path, scenes: Mod
 
 def test_the_model_is_small_sees_and_is_unsure() -> None:
     """Sixteen samples of eight clicks: nearly all are boxes of the right size, and no two prompts get the same ones."""
-    engine = hf(ModelSection(path="bundled:tiny-eyes", device="cpu", threads=1))
+    engine = hf(ModelSection(path="bundled:tiny-eyes", device="cpu", threads=1), lambda: None)
     pictures = open_pictures("bundled:tiny-eyes")
     prompts = tokenize(records("click", "heldout")[:8], engine.tokenizer, "raw", None, pictures)
     assert {int((p.token_ids == pictures.image_token_id).sum()) for p in prompts} == {36}
     assert sum(f.stat().st_size for f in FOLDER.rglob("*")) < 5_000_000
     spec = SamplingSpec(max_new_tokens=20, temperature=1.0)
-    requests = [Request(prompt=p, index=i, seed=100 * n + i, spec=spec) for n, p in enumerate(prompts) for i in range(16)]
+    requests = [
+        Request(prompt=p, index=i, seed=100 * n + i, spec=spec) for n, p in enumerate(prompts) for i in range(16)
+    ]
     answers = [box_answer(rollout.text) for rollout in engine.generate(requests)]
     boxes = [parse_box(answer) for answer in answers if answer is not None]
     assert len(boxes) > 110
     assert sum((x2 - x1, y2 - y1) == (16, 16) for x1, y1, x2, y2 in boxes) > 0.9 * len(boxes)
     groups = [set(answers[16 * n : 16 * n + 16]) for n in range(8)]
     assert all(len(group) > 4 for group in groups)
+
+
+def test_the_gui_recipe_runs_with_labels_per_kind_and_counts_no_luck(tmp_path: Path) -> None:
+    """Boxes have no equality that would say how many labels were right; the evaluation by centres does."""
+    small = ("steps=1", "data.limit=4", "data.prompts_per_step=4", "rollout.votes_per_prompt=4", "eval.samples=2", "eval.k=[1,2]",
+             "eval.limit=4", "eval.heldout=null", "checkpoint.every=0", f"output={json.dumps(str(tmp_path / 'run'))}")  # fmt: skip
+    assert (
+        run(load_recipe("lab/gui-rcpo", list(small)), resume=False, console=Console(quiet=True)).status == "completed"
+    )
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["luck"] is None
+    assert not (tmp_path / "run" / "luck.jsonl").exists()
+    last = json.loads((tmp_path / "run" / "eval.jsonl").read_text().splitlines()[-1])
+    assert {"pass@1", "maj@2"} <= last.keys() and any(key.startswith("pass@1 [") for key in last)
+    metrics = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert metrics["reward/region_area"] > 0

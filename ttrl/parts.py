@@ -184,9 +184,9 @@ def _pool(recipe: Recipe, check_stop: StopCheck, nodes: Cluster | None) -> Pool:
 
 
 def _luck_meter(checked: Checked, prompts: Sequence[Prompt]) -> LuckMeter | None:
-    """For the prompts that evaluation has labels for."""
+    """For the prompts that evaluation has labels for. None for regions: a box that is right equals no reference box."""
     settings = checked.recipe.eval
-    if settings.labels is None:
+    if settings.labels is None or isinstance(checked.reward, RegionConsistency):
         return None
     return LuckMeter(settings.labels, [prompt.id for prompt in prompts][: settings.limit], checked.reader)
 
