@@ -160,8 +160,7 @@ def test_the_lab_recipes_warn_where_they_should(name: str) -> None:
 
 def test_every_reward_has_a_lab_recipe() -> None:
     shown = {load_recipe(name).reward.use for name in LAB}
-    # trl wraps a function of the user; region_consistency needs a model that reads screenshots
-    assert shown == set(BUILT_IN["reward"]) - {"trl", "region_consistency"}
+    assert shown == set(BUILT_IN["reward"]) - {"trl"}  # which wraps a function of the user
 
 
 def test_check_prints_warnings_and_still_says_ok() -> None:
