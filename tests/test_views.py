@@ -16,11 +16,11 @@ from test_run import lines, train
 from ttrl.config import Plug, load_recipe
 from ttrl.contract import check_scored
 from ttrl.errors import ConfigError, PluginError
-from ttrl.loop import score_all
 from ttrl.registry import build
 from ttrl.rewards.reader import AnswerReader
 from ttrl.rewards.trl import reward_func
 from ttrl.rewards.views import Views
+from ttrl.scoring import score_all
 from ttrl.setup import check_recipe
 from ttrl.sources import ViewSource, partners, question_of
 from ttrl.types import Scored

@@ -6,6 +6,7 @@ import copy
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -42,6 +43,10 @@ class Progress:
     train_tokens: int = 0
     labels: dict[str, str] = field(default_factory=dict)
     """prompt id -> its label at the last visit that had one"""
+    drawn: dict[str, int] = field(default_factory=dict)
+    """prompt id -> steps that drew votes on it"""
+    trained: dict[str, int] = field(default_factory=dict)
+    """prompt id -> steps whose update it took part in"""
     seconds: float = 0.0
     """of completed steps, over all parts of a resumed run"""
 
@@ -53,14 +58,29 @@ class Progress:
             if s.label is not None and s.group.prompt.id in self.labels
         ]
 
-    def advance(self, scored: Sequence[Scored], stats: StepStats | None, seconds: float) -> None:
-        """One step is complete."""
+    def advance(
+        self, scored: Sequence[Scored], stats: StepStats | None, seconds: float, admitted: Sequence[Scored] = ()
+    ) -> None:
+        """One step is complete; `admitted` are the groups that were trained on."""
         self.seconds += seconds
         self.step += 1
         self.empty_steps = 0 if stats is not None else self.empty_steps + 1
         self.rollout_tokens += sum(r.drawn for s in scored for r in (*s.group.rollouts, *s.group.probes))
         self.train_tokens += stats.tokens if stats is not None else 0
+        for counts, items in ((self.drawn, scored), (self.trained, admitted)):
+            for item in items:
+                counts[item.group.prompt.id] = counts.get(item.group.prompt.id, 0) + 1
         self.labels.update((s.group.prompt.id, s.label) for s in scored if s.label is not None)
+
+    def coverage(self, ids: Sequence[str]) -> dict[str, dict[str, int]]:
+        """How often these prompts were drawn and trained on: for each the number of steps -> the number of prompts.
+
+        Golden: of a, b, c only a was drawn, twice, and trained on once -> drawn {0: 2, 2: 1}, trained {0: 2, 1: 1}
+        """
+        return {
+            name: {str(steps): n for steps, n in sorted(Counter(counts.get(i, 0) for i in ids).items())}
+            for name, counts in (("drawn", self.drawn), ("trained", self.trained))
+        }
 
     def to_json(self) -> dict[str, Any]:
         return dict(_PROGRESS.dump_python(self, mode="json"))

@@ -13,21 +13,20 @@ from itertools import islice
 
 import numpy as np
 
-from ttrl.contract import Blame, check_samples, check_scored
-from ttrl.errors import GuardStop, PluginError, StopRequested
+from ttrl.contract import Blame, check_samples
+from ttrl.errors import GuardStop, StopRequested
 from ttrl.flow import Flow, InStep, RunAhead, Taught
 from ttrl.hooks import WeighingGate
 from ttrl.journal import Journal, Progress, StepClock, recall, remember
 from ttrl.metrics import MetricSet
 from ttrl.objectives import StepObjective
 from ttrl.parts import Parts
-from ttrl.protocols import RewardContext, Sampler, Stateful
-from ttrl.rewards.probes import judged
-from ttrl.rewards.reader import reader_of
+from ttrl.protocols import Sampler, Stateful
 from ttrl.rollout.flat import FlatSampler
+from ttrl.scoring import admit, score_all, turned_away
 from ttrl.seeds import derive
+from ttrl.sources import RefillSource
 from ttrl.stepmetrics import agreement, reward_metrics, rollout_metrics
-from ttrl.together import StepReward
 from ttrl.trainers.packing import pack, split_updates
 from ttrl.types import Group, PackedBatch, Sample, Scored, StepStats
 
@@ -56,13 +55,15 @@ def one_step(parts: Parts, flow: Flow, journal: Journal, progress: Progress) -> 
     with remembered(parts.memory):
         with clock("rollout"):  # with rollout.ahead: the part of sampling that training had to wait for
             drawn = flow.groups(step)
-        budget = recipe.rollout.votes_per_prompt + (recipe.rollout.trained if parts.teaching else 0)
-        metrics.merge(rollout_metrics(drawn.groups, budget))
         if recipe.rollout.ahead:
             metrics.mean("rollout/staleness", step - drawn.state)
             clock.seconds["sampling"] = drawn.seconds
         with clock("reward"):
             scored = score_all(parts, drawn.groups, step)
+        if isinstance(parts.source, RefillSource):
+            scored = refill(parts, parts.source, step, scored, clock, metrics)
+        budget = recipe.rollout.votes_per_prompt + (recipe.rollout.trained if parts.teaching else 0)
+        metrics.merge(rollout_metrics([item.group for item in scored], budget))
         metrics.merge(reward_metrics(scored, progress.flips(scored)))
         if parts.teaching:
             metrics.merge(agreement(scored))
@@ -82,7 +83,7 @@ def one_step(parts: Parts, flow: Flow, journal: Journal, progress: Progress) -> 
                 parts.link.sync_restored(moved=(ruling.moved or verdict.moved) and not parts.teaching)
             else:
                 flow.publish(step + 1, stats)
-        progress.advance(scored, stats, clock.total())
+        progress.advance(scored, stats, clock.total(), admitted if stats is not None else ())
     for name, count in parts.pool.events().items():
         metrics.sum(name, count)
     journal.step(step, metrics, stats, clock, scored, (*ruling.events, *verdict.events))
@@ -145,6 +146,25 @@ def draw(parts: Parts, step: int, identifiers: Sequence[str]) -> list[Group]:
     return probe(parts, sample(parts, parts.sampler, "rollout", step, identifiers))
 
 
+def refill(
+    parts: Parts, source: RefillSource, step: int, scored: list[Scored], clock: StepClock, metrics: MetricSet
+) -> list[Scored]:  # fmt: skip
+    """All groups of the step: as many more prompts are drawn as groups were turned away, until the step is full."""
+    first = len(scored)
+    for _ in range(source.rounds):
+        missing = first - sum(turned_away(parts, item) is None for item in scored)
+        more = source.more(missing, [item.group.prompt.id for item in scored])
+        if not more:
+            break
+        with clock("rollout"):
+            groups = draw(parts, step, more)
+        with clock("reward"):
+            scored = [*scored, *score_all(parts, groups, step)]
+        metrics.sum("rollout/refill_rounds", 1)
+    metrics.sum("rollout/refilled", len(scored) - first)
+    return scored
+
+
 def sample(parts: Parts, sampler: Sampler, name: str, step: int, identifiers: Sequence[str]) -> list[Group]:
     """The groups of these prompts; `name` tells the random numbers of different draws of one step apart."""
     prompts = [parts.prompts[identifier] for identifier in identifiers]
@@ -176,47 +196,6 @@ def probe(parts: Parts, groups: list[Group]) -> list[Group]:
     return [
         replace(group, probes=tuple(islice(made, len(requests)))) for group, requests in zip(groups, asked, strict=True)
     ]
-
-
-def score_all(parts: Parts, groups: Sequence[Group], step: int) -> list[Scored]:
-    """Every group of a step; together, where the reward wants to see them so."""
-    if not isinstance(parts.reward, StepReward):
-        return [score(parts, group, step) for group in groups]
-    with Blame("reward", parts.recipe.reward.use, "any of the step"):
-        together = parts.reward.score_step(groups, [reward_context(parts, group, step) for group in groups])
-        if len(together) != len(groups):
-            raise PluginError(f"score_step returned {len(together)} results for {len(groups)} groups")
-    for scored, group in zip(together, groups, strict=True):
-        with Blame("reward", parts.recipe.reward.use, group.prompt.id):
-            check_scored(scored, group)
-    return [judged(scored, reader_of(parts.reward, parts.reader)) for scored in together]
-
-
-def reward_context(parts: Parts, group: Group, step: int) -> RewardContext:
-    """What the reward may know besides the group."""
-    return RewardContext(step=step, seed=derive(parts.recipe.seed, "reward", step, group.prompt.id))
-
-
-def score(parts: Parts, group: Group, step: int) -> Scored:
-    """Pseudo-label and rewards of one group, checked against the contract of the slot; its probes judged by the same reader."""
-    with Blame("reward", parts.recipe.reward.use, group.prompt.id):
-        scored = parts.reward(group, reward_context(parts, group, step))
-        check_scored(scored, group)
-    return judged(scored, reader_of(parts.reward, parts.reader))
-
-
-def admit(parts: Parts, scored: Sequence[Scored], metrics: MetricSet) -> list[Scored]:
-    """Groups that may train. Every group left out is counted under dropped/<reason>."""
-    kept = []
-    for item in scored:
-        with Blame("gates", ", ".join(plug.use for plug in parts.recipe.gates), item.group.prompt.id):
-            reasons = (gate(item) for gate in parts.gates)
-            reason = "abstained" if not item.train.any() else next((r for r in reasons if r is not None), None)
-        if reason is None:
-            kept.append(item)
-        else:
-            metrics.sum(f"dropped/{reason}", 1)
-    return kept
 
 
 def to_samples(parts: Parts, scored: Scored) -> list[Sample]:

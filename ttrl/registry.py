@@ -26,6 +26,7 @@ from ttrl.errors import ConfigError
 BUILT_IN: dict[str, dict[str, str]] = {
     "source": {
         "epoch": "ttrl.sources:EpochSource",
+        "refill": "ttrl.sources:RefillSource",
         "per_prompt": "ttrl.modes.per_prompt:PerPrompt",
         "stream": "ttrl.modes.stream:Stream",
         "views": "ttrl.sources:ViewSource",

@@ -189,6 +189,7 @@ def _conclude(
         "heldout": digest(book, "heldout", recipe.seed) if recipe.eval.heldout is not None else None,
         "prequential": prequential,
         "luck": summarise(list(directory.lines(LUCK))),
+        "coverage": None if isinstance(checked.source, Mode) else progress.coverage([r.id for r in checked.records]),
         "tokens": {"rollout": progress.rollout_tokens, "train": progress.train_tokens},
         "seconds": round(outcome.seconds(), 1),
         "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / RSS_PER_MB),

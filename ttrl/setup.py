@@ -32,11 +32,11 @@ from ttrl.rewards.reader import AnswerReader, reader_of
 from ttrl.rewards.region import RegionConsistency
 from ttrl.rewards.views import Views
 from ttrl.sinks import check_sinks
-from ttrl.sources import partners
+from ttrl.sources import RefillSource, partners
 from ttrl.templates import check_template
 from ttrl.together import StepReward
 from ttrl.trainers.dsconfig import check_deepspeed
-from ttrl.trainers.stabilizers.check import check_stabilizers
+from ttrl.trainers.stabilizers.check import check_stabilizers, has_teacher
 from ttrl.types import Rollout
 
 if TYPE_CHECKING:
@@ -110,6 +110,8 @@ def check_recipe(recipe: Recipe) -> Checked:
             )
         if isinstance(source, Mode):
             attempt(lambda: source.check(recipe))
+        if isinstance(source, RefillSource):
+            attempt(lambda: _check_refill(recipe, reward, stabilizers))
         if isinstance(reward, StepReward) and source is not None:
             attempt(lambda: _check_together(recipe, reward, source))
         if recipe.eval.labels is not None:  # a mode answers every prompt, and every answer is judged
@@ -174,6 +176,20 @@ def _check_together(recipe: Recipe, reward: StepReward, source: Source) -> None:
             raise ConfigError(
                 f"reward {recipe.reward.use!r}: {error}; data.source: views keeps views together"
             ) from None
+
+
+def _check_refill(recipe: Recipe, reward: Reward | None, stabilizers: Sequence[Any]) -> None:
+    """Raises ConfigError when a step cannot go on drawing prompts."""
+    if isinstance(reward, StepReward):
+        raise ConfigError(
+            f"reward {recipe.reward.use!r} looks at the groups of a step together, but with data.source refill they come one round "
+            "after the other; use source epoch"
+        )
+    if None not in stabilizers and has_teacher(stabilizers):
+        raise ConfigError(
+            "data.source refill draws again after the votes, when the engines hold the weights of the EMA teacher and the policy "
+            "cannot be sampled; use source epoch, or a teacher without votes"
+        )
 
 
 THRESHOLDS = ("min_votes", "min_share", "min_margin")

@@ -1,8 +1,11 @@
-"""Sources: which prompts belong to which step. Pure functions of (seed, step), so resuming needs no stored cursor."""
+"""Sources: which prompts belong to which step. Pure functions of (seed, step), so resuming needs no stored cursor; only a source
+whose steps depend on what came of earlier ones (`refill`) keeps one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ttrl.errors import ConfigError
 from ttrl.seeds import generator
@@ -20,9 +23,7 @@ class EpochSource:
 
     def __init__(self, ids: Sequence[str], prompts_per_step: int, seed: int) -> None:
         if prompts_per_step > len(ids):
-            raise ConfigError(
-                f"data.prompts_per_step is {prompts_per_step}, but there are only {len(ids)} prompts; lower it to at most {len(ids)}"
-            )
+            raise ConfigError(_too_few(prompts_per_step, len(ids)))
         self._ids = tuple(sorted(ids))  # the order of the file does not matter
         self._per_step = prompts_per_step
         self._seed = seed
@@ -51,6 +52,65 @@ class EpochSource:
         return head + [prompt for prompt in order if prompt not in rest]
 
 
+class RefillSource:
+    """Shuffled epochs; a step goes on to the next prompts until `prompts_per_step` groups passed the gates (DAPO's dynamic sampling,
+    arXiv 2503.14476 section 3.2).
+
+    It walks through the epochs prompt by prompt and remembers where it stands, so every prompt is drawn as often as every other;
+    what is trained on more often is what disagrees more often. A step draws no prompt twice: one that the head of the next epoch
+    would bring again waits for the next step. `rounds` bounds how often a step draws again; what is missing then stays missing.
+    """
+
+    def __init__(self, ids: Sequence[str], prompts_per_step: int, seed: int, *, rounds: int = 10) -> None:
+        if rounds < 1:
+            raise ValueError(f"refill needs rounds >= 1, got {rounds}; source epoch never draws again")
+        if prompts_per_step > len(ids):
+            raise ConfigError(_too_few(prompts_per_step, len(ids)))
+        self.rounds = rounds
+        self._ids, self._per_step, self._seed = tuple(sorted(ids)), prompts_per_step, seed
+        self._epoch, self._place = 0, 0
+        self._waiting: list[str] = []
+        self._order = self._shuffled()
+
+    def batch(self, step: int) -> list[str]:
+        """The first prompts of the next step, [prompts_per_step]. Each call moves on; `step` is not looked at."""
+        return self.more(self._per_step, ())
+
+    def more(self, missing: int, drawn: Sequence[str]) -> list[str]:
+        """The next prompts of a step that has drawn these, [at most missing]: fewer only when every prompt was drawn."""
+        taken, wanted = set(drawn), min(missing, len(self._ids) - len(drawn))
+        chosen: list[str] = []
+        waiting, self._waiting = self._waiting, []
+        while len(chosen) < wanted:
+            prompt = waiting.pop(0) if waiting else self._next()
+            if prompt in taken:
+                self._waiting.append(prompt)
+            else:
+                chosen.append(prompt)
+                taken.add(prompt)
+        self._waiting += waiting
+        return chosen
+
+    def _next(self) -> str:
+        if self._place == len(self._order):
+            self._epoch, self._place = self._epoch + 1, 0
+            self._order = self._shuffled()
+        self._place += 1
+        return self._order[self._place - 1]
+
+    def _shuffled(self) -> list[str]:
+        return [self._ids[i] for i in generator(self._seed, "epoch", self._epoch).permutation(len(self._ids))]
+
+    def state(self) -> Mapping[str, Any]:
+        """Where it stands."""
+        return {"epoch": self._epoch, "place": self._place, "waiting": list(self._waiting)}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        self._epoch, self._place, self._waiting = int(state["epoch"]), int(state["place"]), list(state["waiting"])
+        self._order = self._shuffled()
+
+
 class ViewSource:
     """Shuffled epochs of questions that stand in the file in two wordings; a step holds both or neither.
 
@@ -66,14 +126,16 @@ class ViewSource:
         others = partners(ids)
         self._views = {question_of(one): sorted((one, ids[other])) for one, other in zip(ids, others, strict=True)}
         if prompts_per_step > len(ids):
-            raise ConfigError(
-                f"data.prompts_per_step is {prompts_per_step}, but there are only {len(ids)} prompts; lower it to at most {len(ids)}"
-            )
+            raise ConfigError(_too_few(prompts_per_step, len(ids)))
         self._questions = EpochSource(tuple(self._views), prompts_per_step // 2, seed)
 
     def batch(self, step: int) -> list[str]:
         """Ids of one step, [prompts_per_step]; the views of a question stand side by side."""
         return [view for question in self._questions.batch(step) for view in self._views[question]]
+
+
+def _too_few(wanted: int, held: int) -> str:
+    return f"data.prompts_per_step is {wanted}, but there are only {held} prompts; lower it to at most {held}"
 
 
 def question_of(identifier: str) -> str:

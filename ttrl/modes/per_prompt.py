@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 from ttrl.answers import Answered, Vote, count_votes
 from ttrl.errors import ConfigError, EngineError, StopRequested
 from ttrl.journal import Journal, Progress, StepClock, recall, remember
-from ttrl.loop import admit, draw, finish, is_due, remembered, score, to_samples, update
+from ttrl.loop import draw, finish, is_due, remembered, to_samples, update
 from ttrl.metrics import MetricSet
 from ttrl.protocols import Trainer
 from ttrl.rollout.flat import vote_requests
+from ttrl.scoring import admit, score
 from ttrl.seeds import derive
 from ttrl.stepmetrics import reward_metrics, rollout_metrics
 from ttrl.types import Prompt, Scored, StepStats

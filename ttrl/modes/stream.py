@@ -18,10 +18,11 @@ from ttrl.errors import ConfigError, GuardStop, StopRequested
 from ttrl.guards import build_guards
 from ttrl.guards.keeper import Ruling
 from ttrl.journal import Journal, Progress, StepClock
-from ttrl.loop import admit, draw, evaluate_if_due, finish, hand_over, is_due, remembered, score, to_samples, update
+from ttrl.loop import draw, evaluate_if_due, finish, hand_over, is_due, remembered, to_samples, update
 from ttrl.metrics import MetricSet
 from ttrl.modes.bank import Bank, Entry, answer_kind, vote_entropy
 from ttrl.modes.canaries import KEPT, LOST, Canaries, Panel, Verdict, panel_seed
+from ttrl.scoring import admit, score
 from ttrl.seeds import derive
 from ttrl.stepmetrics import reward_metrics, rollout_metrics
 from ttrl.types import Prompt, Sample, Scored, StepStats

@@ -123,6 +123,11 @@ def read_work(recipe: Recipe, shape: ModelShape, *, mean_length: float | None, p
         notes.append(
             "sampler tree: tokens that branches share are counted as if each had sampled them, which is too many"
         )
+    if recipe.data.source.use == "refill":
+        notes.append(
+            "source refill: the groups it draws again are not counted, because nobody knows before how many; rollout/refilled of a "
+            "short run says how many there are"
+        )
     return Work(
         prompts=recipe.data.prompts_per_step, votes=votes, trained=rollout.trained, prompt=prompt_tokens,
         longest=rollout.max_new_tokens, mean=mean_length, budget=recipe.trainer.tokens_per_microbatch,

@@ -78,6 +78,7 @@ def _content(run: RunDir) -> dict[str, Any]:
         "ledger_total": len(entries),
         "groups": [_clipped(group) for group in _spread(list(run.lines(GROUPS)))],
         "dropped": _dropped(metrics),
+        "coverage": _coverage(summary.get("coverage") or {}),
         "guarded": _guarded(summary),
         "events": [(row["step"], event) for row in metrics for event in row.get(EVENTS, ())][:MAX_EVENTS],
         "signals": _signals(metrics),
@@ -289,6 +290,14 @@ def _clipped(group: Mapping[str, Any]) -> dict[str, Any]:
 
 def _clip(text: str) -> str:
     return text if len(text) <= MAX_TEXT else text[:MAX_TEXT] + f" ... ({len(text) - MAX_TEXT} more characters)"
+
+
+def _coverage(coverage: Mapping[str, Mapping[str, int]]) -> list[tuple[str, str]]:
+    """For `drawn` and `trained`: how many prompts, how often."""
+    return [
+        (name, ", ".join(f"{count} prompts {steps} times" for steps, count in counts.items()))
+        for name, counts in coverage.items()
+    ]
 
 
 def _dropped(metrics: Sequence[Mapping[str, Any]]) -> dict[str, int]:
