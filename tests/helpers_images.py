@@ -223,3 +223,35 @@ def save_tiny_internvl(folder: Path, seed: int = 0) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def save_qwen_processor(folder: Path) -> Any:
+    """The processor of transformers, which needs torchvision; put beside the model of `save_tiny_qwen`."""
+    from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
+
+    sizes = {"patch_size": PATCH, "merge_size": 2, "min_pixels": 64, "max_pixels": 1024}
+    images, videos = Qwen2VLImageProcessor(**sizes), Qwen2VLVideoProcessor(**sizes)
+    made = Qwen2_5_VLProcessor(image_processor=images, video_processor=videos, tokenizer=image_tokenizer(*QWEN_TOKENS))
+    made.save_pretrained(folder)
+    return made
+
+
+def save_internvl_processor(folder: Path) -> Any:
+    """The processor of transformers, which needs torchvision. It cuts a picture into tiles: as many as its shape asks for."""
+    from transformers import GotOcr2ImageProcessor, InternVLProcessor, InternVLVideoProcessor
+
+    plain, size = image_tokenizer(*INTERNVL_TOKENS), {"height": SIDE, "width": SIDE}
+    roles = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=plain.backend_tokenizer, bos_token=plain.bos_token, eos_token=plain.eos_token, pad_token=plain.pad_token,
+        extra_special_tokens={**roles, "video_token": "<img>"},
+    )  # fmt: skip
+    images = GotOcr2ImageProcessor(size=size, crop_to_patches=True, min_patches=1, max_patches=3)
+    made = InternVLProcessor(
+        image_processor=images,
+        tokenizer=tokenizer,
+        video_processor=InternVLVideoProcessor(size=size),
+        image_seq_length=4,
+    )
+    made.save_pretrained(folder)
+    return made

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from helpers_images import (
     image_prompt,
     pictures,
     row_scores,
+    save_internvl_processor,
+    save_qwen_processor,
     save_tiny_internvl,
     save_tiny_llava,
     save_tiny_qwen,
@@ -65,16 +69,26 @@ class World:
 KINDS: dict[str, tuple[Callable[[Path], Path], Callable[[], Any]]] = {
     "qwen2.5-vl": (save_tiny_qwen, QwenProcessor), "internvl": (save_tiny_internvl, InternVLProcessor)
 }  # fmt: skip
-"""Their own processors need torchvision."""
+"""With stand-ins for their own processors, which need torchvision."""
+REAL = {"qwen2.5-vl, torchvision": (save_tiny_qwen, save_qwen_processor),
+        "internvl, torchvision": (save_tiny_internvl, save_internvl_processor)}  # fmt: skip
+with_torchvision = pytest.mark.skipif(find_spec("torchvision") is None, reason="needs torchvision")
+WORLDS = ["llava", "qwen2.5-vl", pytest.param("internvl", marks=pytest.mark.slow),
+          *(pytest.param(name, marks=with_torchvision) for name in REAL)]  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=["llava", "qwen2.5-vl", pytest.param("internvl", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=WORLDS)
 def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    folder = tmp_path_factory.mktemp(request.param.replace(".", "-"))
+    folder = tmp_path_factory.mktemp(re.sub(r"\W+", "-", request.param))
     files = pictures(folder / "pictures", 4)
     if request.param == "llava":
         save_tiny_llava(folder / "model")
         processor = AutoProcessor.from_pretrained(folder / "model")
+        yield World(folder / "model", processor, open_pictures(str(folder / "model")), files)
+        return
+    if request.param in REAL:
+        save, save_processor = REAL[request.param]
+        processor = save_processor(save(folder / "model"))
         yield World(folder / "model", processor, open_pictures(str(folder / "model")), files)
         return
     save, stand_in = KINDS[request.param]
