@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_run import ttrl as command
+from helpers_command import cold as command
 
 from ttrl.config import Plug, load_recipe
 from ttrl.config.load import shipped_recipes

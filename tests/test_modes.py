@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers_command import ENVIRONMENT, command
 from rich.console import Console
-from test_run import ENVIRONMENT, command, lines, model_hash, summary, timeless, wait_for
+from test_run import lines, model_hash, summary, timeless, wait_for
 
 from ttrl.config import load_recipe
 from ttrl.run import run

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 from helpers import boxed, context, make_group
-from test_run import lines, model_hash, summary, timeless, train, ttrl
+from helpers_command import ttrl
+from test_run import lines, model_hash, summary, timeless, train
 
 from ttrl.config import load_recipe
 from ttrl.errors import ConfigError

@@ -4,30 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from helpers_command import ENVIRONMENT, cold, command, ttrl
 
 SMALL = [
     "steps=3", "data.limit=6", "data.prompts_per_step=4", "rollout.votes_per_prompt=6", "rollout.train_per_prompt=4",
     "eval.samples=4", "eval.k=[1,4]", "eval.limit=4", "eval.heldout=null", "checkpoint.every=1", "log.groups_per_step=2",
 ]  # fmt: skip
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-
-
-def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "ttrl.cli", *(str(argument) for argument in arguments)]
-
-
-def ttrl(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(*arguments), capture_output=True, text=True, timeout=300, env={**ENVIRONMENT, **environment}
-    )
 
 
 def train(folder: Path, *changes: str, recipe: str = "quickstart") -> subprocess.CompletedProcess[str]:
@@ -57,7 +45,7 @@ def summary(folder: Path) -> dict:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "a"
-    result = train(folder)
+    result = cold("train", "quickstart", *SMALL, "--output", folder)
     assert result.returncode == 0, result.stderr
     assert "pass@1" in result.stdout
     assert "report.html" in result.stdout
