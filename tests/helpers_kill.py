@@ -14,6 +14,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -46,6 +47,9 @@ def forked(log: Path, action: Callable[[], int]) -> int:
         os.dup2(stream, 1)
         os.dup2(stream, 2)
         code = action()
+    except BaseException:
+        traceback.print_exc()
+        raise
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

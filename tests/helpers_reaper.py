@@ -31,13 +31,13 @@ class Reaper:
         """Every phase of a step, every change of the run folder, and half of every file of tensors and of every line."""
         import torch
 
-        from ttrl import checkpoint, loop, rundir
+        from ttrl import checkpoint, loop, rundir, scoring
         from ttrl.evaluate.evaluator import Evaluator
         from ttrl.stopping import StopSwitch
         from ttrl.sync import WeightLink
         from ttrl.trainers import torch_backend
 
-        for owner, name in ((loop, "score"), (loop, "update"), (Evaluator, "__call__"), (StopSwitch, "check"),
+        for owner, name in ((scoring, "score"), (loop, "update"), (Evaluator, "__call__"), (StopSwitch, "check"),
                             (WeightLink, "sync"), (torch.optim.AdamW, "step")):  # fmt: skip
             self._before(owner, name)
         self._torn(torch_backend, "save_file", lambda tensors, path: half(Path(path)))
