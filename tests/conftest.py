@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,16 @@ def single_thread() -> None:
     torch = sys.modules.get("torch")
     if torch is not None:
         torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_figures(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Drawing curves takes longer than a short run. tests/test_report.py draws them, and so do runs in processes of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        page = sys.modules.get("ttrl.report.page")
+        if page is not None and request.path.name != "test_report.py":
+            patch.setattr(page, "_figures", lambda *_: [])
+        yield
 
 
 @pytest.fixture(scope="session")

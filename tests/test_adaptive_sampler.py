@@ -121,6 +121,7 @@ def test_thresholds_of_the_reward_reach_the_sampler() -> None:
     assert sampler.more(eleven) > 0  # type: ignore[attr-defined]  # five other votes would end below 0.9
 
 
+@pytest.mark.slow
 def test_on_the_quickstart_lossless_changes_no_label_and_uses_fewer_tokens() -> None:
     """The real tiny model: same seeds, 24 prompts of the quickstart, 16 votes of which 8 are trained on."""
     changes = ["rollout.train_per_prompt=8", "data.limit=24", "data.prompts_per_step=24", "eval.labels=null",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -18,6 +19,10 @@ SMALL = [
     "steps=2", "data.limit=4", "data.prompts_per_step=2", "rollout.votes_per_prompt=4", "eval.samples=2", "eval.k=[1,2]",
     "eval.limit=2", "eval.every=1", "checkpoint.every=1", "log.groups_per_step=0",
 ]  # fmt: skip
+
+
+def slow(*cases: tuple[str, int]) -> list[Any]:
+    return [pytest.param(*case, marks=pytest.mark.slow) for case in cases]
 
 
 def go(folder: Path, *, resume: bool = False, changes: tuple[str, ...] = ()) -> str:
@@ -41,7 +46,7 @@ def whole(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("split", "step"), [("adapted", 0), ("heldout", 0), ("heldout", 1), ("adapted", 2), ("heldout", 2)]
+    "split, step", [("heldout", 0), ("heldout", 2), *slow(("adapted", 0), ("heldout", 1), ("adapted", 2))]
 )
 def test_a_stop_inside_an_evaluation_is_made_up_for_on_resume(whole, tmp_path, monkeypatch, split, step):
     original = Evaluator.__call__
@@ -59,7 +64,7 @@ def test_a_stop_inside_an_evaluation_is_made_up_for_on_resume(whole, tmp_path, m
     assert results(tmp_path / "run") == results(whole)
 
 
-@pytest.mark.parametrize("what", ["export", "save"])
+@pytest.mark.parametrize("what", ["export", pytest.param("save", marks=pytest.mark.slow)])
 def test_a_failing_disk_leaves_a_summary_a_report_and_a_way_on(whole, tmp_path, monkeypatch, what):
     def full(self, path):
         raise OSError(28, "No space left on device")

@@ -96,6 +96,11 @@ def same(first: list[Any], second: list[Any]) -> bool:
     )  # fmt: skip
 
 
+def slow(*cases: Any) -> list[Any]:
+    """Every new worker costs seconds of imports."""
+    return [pytest.param(case, marks=pytest.mark.slow) for case in cases]
+
+
 @pytest.mark.parametrize("workers", [1, 4])
 def test_any_number_of_workers_in_any_order_trains_the_same_weights(on_cluster, whole, tmp_path, workers):
     folder = train(recipe(tmp_path, workers=workers, slow=True))
@@ -184,7 +189,7 @@ def pair(running: Pair, cluster: Cluster) -> Pair:
     return running
 
 
-@pytest.mark.parametrize("order", ["die generate 1", "hang generate", "die score", "die release"])
+@pytest.mark.parametrize("order", ["die generate 1", "hang generate", *slow("die score", "die release")])
 def test_a_lost_worker_is_replaced_with_the_weights_of_the_last_sync(pair, order):
     pair.order(order)
     with pair.pool.released():
@@ -195,7 +200,7 @@ def test_a_lost_worker_is_replaced_with_the_weights_of_the_last_sync(pair, order
     assert pair.pool.events() == {"cluster/replaced": 0.0}
 
 
-@pytest.mark.parametrize("transport", [SharedMemory, ObjectStore, Gloo])
+@pytest.mark.parametrize("transport", [SharedMemory, *slow(ObjectStore, Gloo)])
 def test_a_worker_that_dies_over_a_sync_is_replaced_and_gets_all_of_it(pair, cluster, monkeypatch, transport):
     monkeypatch.setattr(pair.pool, "_delivery", transport(cluster, 1 << 20))
     pair.sync()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import subprocess
 import sys
@@ -146,7 +147,8 @@ def share_of_a_core() -> float:
 
 def costs() -> dict[str, float]:
     """Seconds per bomb: CPU time to grade each gated one in a group with an ordinary answer; wall time, on a core of one's own, of
-    those that need the limits, the better of two."""
+    those that need the limits: the first try within the bound, else the best of eight. On a busy machine most tries are bad luck; a
+    limit that is not kept shows in all of them."""
     forget()
     measured = {}
     for name, bomb in BOMBS.items():
@@ -154,8 +156,8 @@ def costs() -> dict[str, float]:
         grade([bomb, "7"], "math")
         measured[f"gated {name}"] = time.thread_time() - start
     for text in SLOW:
-        tries = []
-        for _ in range(2):
+        tries: list[float] = []
+        while len(tries) < 8 and min(tries, default=math.inf) > WORST_SECONDS:
             before, start = share_of_a_core(), time.perf_counter()
             shared_sandbox().run([("math", text)])
             tries.append((time.perf_counter() - start) * min(before, share_of_a_core()))
