@@ -46,7 +46,7 @@ def whole(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "split, step", [("heldout", 0), ("heldout", 2), *slow(("adapted", 0), ("heldout", 1), ("adapted", 2))]
+    ("split", "step"), [("heldout", 0), ("heldout", 2), *slow(("adapted", 0), ("heldout", 1), ("adapted", 2))]
 )
 def test_a_stop_inside_an_evaluation_is_made_up_for_on_resume(whole, tmp_path, monkeypatch, split, step):
     original = Evaluator.__call__
