@@ -7,9 +7,10 @@ none is picked.
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
+
+from prompt_files import write_sums
 
 FOLDER = Path(__file__).resolve().parents[1] / "recipes" / "data"
 PROMPTS = 48
@@ -22,12 +23,7 @@ def main() -> None:
     pairs: dict[tuple[int, int], None] = {}
     while len(pairs) < PROMPTS:
         pairs[rng.randint(100, 999), rng.randint(10, 99)] = None
-    prompts = labels = ""
-    for i, (a, b) in enumerate(pairs):
-        prompts += json.dumps({"id": f"misled-{i:03d}", "prompt": f"{a}+{b:03d}="}) + "\n"
-        labels += json.dumps({"id": f"misled-{i:03d}", "answer": str(a + b)}) + "\n"
-    (FOLDER / "misled.prompts.jsonl").write_text(prompts)
-    (FOLDER / "misled.labels.jsonl").write_text(labels)
+    write_sums(FOLDER, "misled", pairs)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,12 @@ the shift makes the task much harder. All pairs are from the side of the split t
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable
 from pathlib import Path
 
 from build_tiny_model import draw_pair
+from prompt_files import write_sums
 
 FOLDER = Path(__file__).resolve().parents[1] / "recipes" / "data"
 HALF = 100
@@ -39,12 +39,7 @@ def main() -> None:
     rng = random.Random(SEED)
     easy = pairs(rng, lambda a, b: not any(carries(a, b)) and a // 100 + b // 100 < 10)
     hard = pairs(rng, lambda a, b: all(carries(a, b)))
-    prompts = labels = ""
-    for i, (a, b) in enumerate([*easy, *hard]):
-        prompts += json.dumps({"id": f"stream-{i:03d}", "prompt": f"{a}+{b}="}) + "\n"
-        labels += json.dumps({"id": f"stream-{i:03d}", "answer": str(a + b)}) + "\n"
-    (FOLDER / "stream.prompts.jsonl").write_text(prompts)
-    (FOLDER / "stream.labels.jsonl").write_text(labels)
+    write_sums(FOLDER, "stream", [*easy, *hard])
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from prompt_files import write_sums
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -171,12 +172,7 @@ def write_prompts(folder: Path, per_split: int, seed: int) -> None:
     while len(pairs) < 2 * per_split:
         pairs[draw_pair(rng, reserved=True)] = None
     for split, chunk in (("train", list(pairs)[:per_split]), ("heldout", list(pairs)[per_split:])):
-        prompts = labels = ""
-        for i, (a, b) in enumerate(chunk):
-            prompts += json.dumps({"id": f"{split}-{i:03d}", "prompt": f"{a}+{b}="}) + "\n"
-            labels += json.dumps({"id": f"{split}-{i:03d}", "answer": str(a + b)}) + "\n"
-        (folder / f"{split}.prompts.jsonl").write_text(prompts)
-        (folder / f"{split}.labels.jsonl").write_text(labels)
+        write_sums(folder, split, chunk)
 
 
 def read_column(path: Path, key: str) -> list[str]:

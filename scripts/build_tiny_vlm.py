@@ -16,7 +16,6 @@ A full build, ``python scripts/build_tiny_vlm.py``, takes about five minutes on 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import random
 import time
@@ -28,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from build_tiny_model import BATCH_SIZE, CHARACTERS, IGNORE_INDEX, SPECIAL_TOKENS
 from PIL import Image
+from prompt_files import write_pair
 from tiny_scenes import CELL, COLOURS, LETTERS, SHAPES, SIDE, SIZE, Box, Question, Scene, ask, draw_picture
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
@@ -304,17 +304,15 @@ def write_prompts(folder: Path, per_split: int, seed: int) -> None:
         for i, (_, picture) in enumerate(chunk):
             picture.save(folder / "pictures" / f"{split}-{i:03d}.png", optimize=True)
         for kind in ("click", "choice"):
-            prompts = labels = ""
+            rows = []
             for i, (scene, _) in enumerate(chunk):
                 question, name = ask(scene, kind, rng), f"{kind}-{split}-{i:03d}"
                 row = {"id": name, "prompt": question.text, "images": [f"pictures/{split}-{i:03d}.png"]}
                 kept = {"image_size": [SIDE, SIDE], "data_source": scene.theme, "data_type": question.by}
-                prompts += json.dumps(row | kept) + "\n"
                 right = question.word(question.thing)
                 label = str(list(question.thing.box)) if kind == "click" else LETTERS[question.options.index(right)]
-                labels += json.dumps({"id": name, "answer": label}) + "\n"
-            (folder / f"{kind}.{split}.prompts.jsonl").write_text(prompts)
-            (folder / f"{kind}.{split}.labels.jsonl").write_text(labels)
+                rows.append((row | kept, label))
+            write_pair(folder, f"{kind}.{split}", rows)
 
 
 def main() -> None:

@@ -16,10 +16,11 @@ import sys
 from pathlib import Path
 
 from labkit.page import page
-from labkit.runs import FAILED, jobs, missing, run_all
+from labkit.runs import jobs, missing, run_all
 from labkit.tasks import TASKS
 
 from ttrl.errors import ConfigError
+from ttrl.run import FAILED
 
 DEFAULT_OUTPUT = Path("runs/lab")
 

@@ -13,7 +13,8 @@ import select
 import subprocess
 import sys
 import tempfile
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -75,46 +76,68 @@ def server() -> Server:
     return Server()
 
 
-def _child(request: dict[str, Any]) -> None:
-    """Never returns."""
+def forked(out: Path, err: Path, action: Callable[[], int]) -> int:
+    """Process id of a child that does this and nothing else; what it says is appended to the files."""
+    child = os.fork()
+    if child:
+        return child
     code = 99
     try:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        for number, name in ((1, "out"), (2, "err")):
-            os.dup2(os.open(os.path.join(request["folder"], name), os.O_WRONLY | os.O_CREAT), number)
-        os.environ.clear()
-        os.environ.update(request["environment"])
-        os.chdir(request["cwd"])
-        sys.argv = ["ttrl", *request["words"]]
-        from ttrl.cli import main
-
-        try:
-            main()
-            code = 0
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else int(end.code is not None)
-        except BaseException:  # noqa: BLE001 - as an interpreter ends, with the hook that typer sets
-            sys.excepthook(*sys.exc_info())
-            code = 1
+        for number, file in ((1, out), (2, err)):
+            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+        code = action()
+    except BaseException:  # noqa: BLE001 - as an interpreter ends, with the hook that typer sets
+        sys.excepthook(*sys.exc_info())
+        code = 1
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
 
 
-def _serve() -> None:
-    import torch  # noqa: F401 - once, for every child
-    from helpers_kill import with_figures
+def status_of(words: Sequence[str]) -> int:
+    """Exit status of `ttrl` in this process."""
+    from ttrl.cli import main
+
+    sys.argv = ["ttrl", *words]
+    try:
+        main()
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    return 0
+
+
+def ended(child: int) -> int:
+    """Exit status, or minus the number of the signal."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def import_all() -> None:
+    """What a run and its report need, which takes longer to import than a short run takes."""
+    import torch  # noqa: F401
 
     import ttrl.run
     import ttrl.trainers.torch_backend  # noqa: F401
+    from ttrl.report.plots import curve
 
-    with_figures()
+    curve([{"step": 0, "a": 1.0}, {"step": 1, "a": 2.0}], {"a": "a"}, "a")
+
+
+def _answer(request: dict[str, Any]) -> int:
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    os.chdir(request["cwd"])
+    return status_of(request["words"])
+
+
+def _serve() -> None:
+    import_all()
     for line in sys.stdin:
-        child = os.fork()
-        if not child:
-            _child(json.loads(line))
-        sys.stdout.write(f"{os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}\n")
+        request = json.loads(line)
+        folder = Path(request["folder"])
+        child = forked(folder / "out", folder / "err", partial(_answer, request))
+        sys.stdout.write(f"{ended(child)}\n")
         sys.stdout.flush()
 
 

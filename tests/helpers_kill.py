@@ -14,12 +14,12 @@ import shutil
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from helpers_command import ended, forked, import_all, status_of
 from helpers_reaper import Plant, Reaper
 
 # Six prompts, two per step: an epoch ends with step 3, 6, 9 and 12, a checkpoint is written after every second step.
@@ -36,49 +36,18 @@ SECRETS = {
 }
 
 
-def forked(log: Path, action: Callable[[], int]) -> int:
-    """Status of a child that does this and nothing else; what it says goes to `log`."""
-    child = os.fork()
-    if child:
-        return child
-    code = 99
-    try:
-        stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(stream, 1)
-        os.dup2(stream, 2)
-        code = action()
-    except BaseException:
-        traceback.print_exc()
-        raise
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
 def command(folder: Path, *more: str, plant: Plant | None = None) -> int:
     """`ttrl train` in a child; returns its process id."""
 
     def action() -> int:
-        from ttrl.cli import main
-
         if plant is not None:
             plant()
         else:
             without_figures()
-        sys.argv = ["ttrl", *RECIPE, *more, "--output", str(folder)]
-        try:
-            main()
-        except SystemExit as end:
-            return int(end.code or 0)
-        return 0
+        return status_of([*RECIPE, *more, "--output", str(folder)])
 
-    return forked(folder.with_suffix(".log"), action)
-
-
-def ended(child: int) -> int:
-    """Exit status, or minus the number of the signal."""
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    log = folder.with_suffix(".log")
+    return forked(log, log, action)
 
 
 def resumed(folder: Path, *more: str) -> int:
@@ -265,15 +234,6 @@ def nan_loss() -> None:
     ClipLoss.__call__ = loss  # type: ignore[method-assign]
 
 
-def with_figures() -> None:
-    """Import what the report needs, which takes longer than a run."""
-    import scipy.stats  # noqa: F401
-
-    from ttrl.report.plots import curve
-
-    curve([{"step": 0, "a": 1.0}, {"step": 1, "a": 2.0}], {"a": "a"}, "a")
-
-
 def without_figures() -> None:
     """Half of the time of a run as short as these."""
     from ttrl.report import page
@@ -284,12 +244,7 @@ def without_figures() -> None:
 def main() -> None:
     folder, count, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     os.environ.update(SECRETS)
-    import torch  # noqa: F401 - once, for every child
-
-    import ttrl.run
-    import ttrl.trainers.torch_backend  # noqa: F401
-
-    with_figures()
+    import_all()
     bench = Bench(folder)
     for number, at in enumerate(choose(bench.names, count, seed)):
         bench.kill(number, at)

@@ -150,16 +150,18 @@ def refill(
     parts: Parts, source: RefillSource, step: int, scored: list[Scored], clock: StepClock, metrics: MetricSet
 ) -> list[Scored]:  # fmt: skip
     """All groups of the step: as many more prompts are drawn as groups were turned away, until the step is full."""
-    first = len(scored)
+    first, new = len(scored), scored
+    missing = first
     for _ in range(source.rounds):
-        missing = first - sum(turned_away(parts, item) is None for item in scored)
+        missing -= sum(turned_away(parts, item) is None for item in new)
         more = source.more(missing, [item.group.prompt.id for item in scored])
         if not more:
             break
         with clock("rollout"):
             groups = draw(parts, step, more)
         with clock("reward"):
-            scored = [*scored, *score_all(parts, groups, step)]
+            new = score_all(parts, groups, step)
+        scored = [*scored, *new]
         metrics.sum("rollout/refill_rounds", 1)
     metrics.sum("rollout/refilled", len(scored) - first)
     return scored

@@ -22,8 +22,7 @@ class EpochSource:
     """
 
     def __init__(self, ids: Sequence[str], prompts_per_step: int, seed: int) -> None:
-        if prompts_per_step > len(ids):
-            raise ConfigError(_too_few(prompts_per_step, len(ids)))
+        _check_enough(prompts_per_step, ids)
         self._ids = tuple(sorted(ids))  # the order of the file does not matter
         self._per_step = prompts_per_step
         self._seed = seed
@@ -41,7 +40,7 @@ class EpochSource:
         return self._epochs[number]
 
     def _shuffled(self, epoch: int) -> list[str]:
-        order = [self._ids[i] for i in generator(self._seed, "epoch", epoch).permutation(len(self._ids))]
+        order = _shuffled(self._ids, self._seed, epoch)
         taken = epoch * len(self._ids) % self._per_step  # prompts the crossing step already took from the last epoch
         if not taken:
             return order
@@ -64,13 +63,12 @@ class RefillSource:
     def __init__(self, ids: Sequence[str], prompts_per_step: int, seed: int, *, rounds: int = 10) -> None:
         if rounds < 1:
             raise ValueError(f"refill needs rounds >= 1, got {rounds}; source epoch never draws again")
-        if prompts_per_step > len(ids):
-            raise ConfigError(_too_few(prompts_per_step, len(ids)))
+        _check_enough(prompts_per_step, ids)
         self.rounds = rounds
         self._ids, self._per_step, self._seed = tuple(sorted(ids)), prompts_per_step, seed
         self._epoch, self._place = 0, 0
         self._waiting: list[str] = []
-        self._order = self._shuffled()
+        self._order = _shuffled(self._ids, self._seed, self._epoch)
 
     def batch(self, step: int) -> list[str]:
         """The first prompts of the next step, [prompts_per_step]. Each call moves on; `step` is not looked at."""
@@ -94,12 +92,9 @@ class RefillSource:
     def _next(self) -> str:
         if self._place == len(self._order):
             self._epoch, self._place = self._epoch + 1, 0
-            self._order = self._shuffled()
+            self._order = _shuffled(self._ids, self._seed, self._epoch)
         self._place += 1
         return self._order[self._place - 1]
-
-    def _shuffled(self) -> list[str]:
-        return [self._ids[i] for i in generator(self._seed, "epoch", self._epoch).permutation(len(self._ids))]
 
     def state(self) -> Mapping[str, Any]:
         """Where it stands."""
@@ -108,7 +103,7 @@ class RefillSource:
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on from there."""
         self._epoch, self._place, self._waiting = int(state["epoch"]), int(state["place"]), list(state["waiting"])
-        self._order = self._shuffled()
+        self._order = _shuffled(self._ids, self._seed, self._epoch)
 
 
 class ViewSource:
@@ -125,8 +120,7 @@ class ViewSource:
             )
         others = partners(ids)
         self._views = {question_of(one): sorted((one, ids[other])) for one, other in zip(ids, others, strict=True)}
-        if prompts_per_step > len(ids):
-            raise ConfigError(_too_few(prompts_per_step, len(ids)))
+        _check_enough(prompts_per_step, ids)
         self._questions = EpochSource(tuple(self._views), prompts_per_step // 2, seed)
 
     def batch(self, step: int) -> list[str]:
@@ -134,8 +128,17 @@ class ViewSource:
         return [view for question in self._questions.batch(step) for view in self._views[question]]
 
 
-def _too_few(wanted: int, held: int) -> str:
-    return f"data.prompts_per_step is {wanted}, but there are only {held} prompts; lower it to at most {held}"
+def _check_enough(wanted: int, ids: Sequence[str]) -> None:
+    """Raises ConfigError when a step would need more prompts than there are."""
+    if wanted > len(ids):
+        raise ConfigError(
+            f"data.prompts_per_step is {wanted}, but there are only {len(ids)} prompts; lower it to at most {len(ids)}"
+        )
+
+
+def _shuffled(ids: Sequence[str], seed: int, epoch: int) -> list[str]:
+    """The order of one epoch."""
+    return [ids[i] for i in generator(seed, "epoch", epoch).permutation(len(ids))]
 
 
 def question_of(identifier: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from labkit.runs import FAILED, Job, Result, results
+from labkit.runs import Job, Result, results
 from labkit.tasks import Entry
 from ttrl.compare import Run, check_protocols, read_run
 from ttrl.config import Recipe
@@ -19,6 +19,7 @@ from ttrl.evaluate.digest import entries as ledger_entries
 from ttrl.evaluate.estimators import CONFIDENCE, RESAMPLES
 from ttrl.evaluate.evaluator import Estimate, Evaluation
 from ttrl.evaluate.ledger import by_chance, totals
+from ttrl.run import FAILED
 from ttrl.rundir import METRICS, RunDir
 
 SPLIT = "adapted"

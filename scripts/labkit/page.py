@@ -14,8 +14,9 @@ from pathlib import Path
 
 from labkit.claims import claim_sentence, direction, final_sentence
 from labkit.numbers import Row, interval, rows
-from labkit.runs import FAILED, Job, Result, results
+from labkit.runs import Job, Result, results
 from labkit.tasks import Task
+from ttrl.run import COMPLETED, FAILED
 from ttrl.sinks import show
 
 HEAD = (
@@ -142,7 +143,7 @@ def _sentences(row: Row, found: Sequence[Row]) -> Iterator[str]:
         first = ("pass@1", found[0].entry.name)
         if row is not found[0] and first not in [(claim.metric, claim.against) for claim in row.entry.claims]:
             said.append(claim_sentence(None, row, found))
-        stopped = [one.run.summary for one in row.ended if one.run.summary["status"] != "completed"]
+        stopped = [one.run.summary for one in row.ended if one.run.summary["status"] != COMPLETED]
         if stopped:
             after = ", ".join(str(summary["steps"]) for summary in stopped)
             said.append(f"{len(stopped)} of {len(row.ended)} runs were stopped, after {after} steps.")

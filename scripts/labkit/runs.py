@@ -13,13 +13,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from labkit.tasks import Entry, Task
+from ttrl.cli import EXIT_GUARD
 from ttrl.errors import ConfigError
+from ttrl.run import COMPLETED, FAILED, STOPPED
 from ttrl.rundir import CHECKPOINTS, MODEL, RECIPE, RunDir
 
 RESULTS = "results.jsonl"
-COMPLETED, STOPPED, FAILED = "completed", "stopped", "failed"
-ENDINGS = {0: COMPLETED, 3: STOPPED}
-"""Exit status of a run that need not be run again (3: a guard ended it); any other is a failure, Ctrl-C included."""
+ENDINGS = {0: COMPLETED, EXIT_GUARD: STOPPED}
+"""Exit status of a run that need not be run again; any other is a failure, Ctrl-C included."""
 TAIL = 300
 
 
